@@ -1,0 +1,359 @@
+"""Evaluation, plasticity and continual-learning metrics: plain functions without state, to be used by copy.
+
+Conventions
+-----------
+* Features are post-activations, one (batch, units) tensor per hidden layer, as `hidden_features` returns them.
+* `active` holds one boolean (units,) mask per layer; units outside it count neither as units nor in a layer's mean.
+* What is computed from tensors is returned as a tensor on the same device (0-d for a single number); `.item()`, which
+  waits for a GPU, is left to the caller. NaN or infinity in the features gives NaN, never a plausible number.
+* Evaluation and continual-learning metrics return Python floats and numpy arrays.
+
+Aggregation over seeds (interquartile mean, bootstrap intervals) is rliable's: see tests/benchmarks/plot_results.py.
+"""
+
+from collections.abc import Callable, Sequence
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------------ hidden features
+
+
+def hidden_features(
+    module: nn.Module,
+    inputs: Tensor | tuple[Tensor, ...],
+    activations: tuple[type[nn.Module], ...] = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Tanh),
+) -> list[Tensor]:
+    """Outputs of the activation modules during one forward pass `module(*inputs)`, in the order of the calls.
+
+    Forward hooks collect them, so no network needs a second forward method. An output layer must not end in one of
+    `activations`: squash actions with `torch.tanh`, not `nn.Tanh`. Give the plain module, not what `torch.compile`
+    returns: compiled code may not see hooks that were added after it was compiled.
+
+    Returns a list of (batch, units) tensors without gradient. A layer that is batched over k experts gives
+    (k, batch, units): turn it into (batch, k * units) by `h.transpose(0, 1).flatten(1)` before measuring it.
+    Raises ValueError if no activation module ran (a functional `F.relu` has no hook).
+    """
+    features: list[Tensor] = []
+    hooks = [
+        # A hook that returns a value would replace the output; list.append returns None.
+        layer.register_forward_hook(lambda _layer, _inputs, output: features.append(output))
+        for layer in module.modules()
+        if isinstance(layer, activations)
+    ]
+    try:
+        with torch.no_grad():
+            module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not features:
+        names = ", ".join(activation.__name__ for activation in activations)
+        raise ValueError(f"no activation module ({names}) ran in {type(module).__name__}: there is nothing to measure")
+    return features
+
+
+def _layers_and_masks(features: list[Tensor], active: list[Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of (batch, units) features and boolean (units,) mask, checked; without `active` every unit counts."""
+    if active is None:
+        active = [torch.ones(h.shape[-1:], dtype=torch.bool, device=h.device) for h in features]
+    if not features or len(active) != len(features):
+        raise ValueError(f"need features of at least one layer and a mask for each: got {len(features)}, {len(active)}")
+    for h, mask in zip(features, active, strict=True):
+        if h.ndim != 2 or mask.shape != h.shape[1:] or mask.dtype != torch.bool:
+            raise ValueError(
+                "need (batch, units) features and boolean (units,) masks: "
+                f"got {tuple(h.shape)} and {mask.dtype} {tuple(mask.shape)}"
+            )
+    return list(zip(features, active, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ plasticity
+
+
+def dormant_ratio(features: list[Tensor], tau: float = 0.0, active: list[Tensor] | None = None) -> Tensor:
+    """Share of tau-dormant units over all hidden layers together (Sokar et al. 2023, ReDo, Eq. 1).
+
+    s_i = E_x|h_i(x)| / mean_k E_x|h_k(x)| within a layer; unit i is dormant iff s_i <= tau; the ratio is the sum of the
+    layers' dormant counts over the sum of their widths. In a layer that is zero everywhere all units are dormant.
+
+    features: (batch, units) per layer, active: boolean (units,) per layer. Returns a 0-d tensor.
+    Raises ValueError for tau < 0 or shapes that do not fit.
+    """
+    if tau < 0:
+        raise ValueError(f"tau must be >= 0, got {tau}")
+    dormant, units, finite = [], [], []
+    for h, mask in _layers_and_masks(features, active):
+        magnitude = torch.where(mask, h.abs().mean(0), 0)
+        layer_mean = magnitude.sum() / mask.sum()
+        # s_i <= tau multiplied by the layer mean: the same for live layers, and no 0 / 0 in a dead one.
+        dormant.append(((magnitude <= tau * layer_mean) & mask).sum())
+        units.append(mask.sum())
+        finite.append(magnitude.isfinite().all())
+    return torch.where(torch.stack(finite).all(), sum(dormant) / sum(units), torch.nan)
+
+
+def active_fraction(features: list[Tensor], active: list[Tensor] | None = None) -> Tensor:
+    """Fraction of active units (FAU): share of (sample, unit) entries with h > 0, over all hidden layers together.
+
+    Ma et al. 2024 ("Revisiting plasticity in visual RL"); the measure that Neuroplastic Expansion reports.
+    features: (batch, units) per layer, active: boolean (units,) per layer. Returns a 0-d tensor.
+    Raises ValueError for shapes that do not fit.
+    """
+    positive, entries, finite = [], [], []
+    for h, mask in _layers_and_masks(features, active):
+        positive.append(((h > 0) & mask).sum())
+        entries.append(mask.sum() * len(h))
+        finite.append((h.isfinite() | ~mask).all())
+    return torch.where(torch.stack(finite).all(), sum(positive) / sum(entries), torch.nan)
+
+
+def _singular_values(features: Tensor) -> Tensor:
+    """Singular values of (batch, units) features, descending; NaN if any entry is not finite."""
+    if features.ndim != 2 or features.numel() == 0:
+        raise ValueError(f"need non-empty (batch, units) features, got {tuple(features.shape)}")
+    # LAPACK raises on NaN and cuSOLVER may not come back: decompose zeros in its place and put NaN into the result.
+    finite = features.isfinite().all()
+    return torch.where(finite, torch.linalg.svdvals(torch.where(finite, features, 0)), torch.nan)
+
+
+def srank(features: Tensor, delta: float = 0.01) -> Tensor:
+    """Effective rank srank_delta of (batch, units) features (Kumar et al. 2020, implicit under-parameterization).
+
+    Smallest k with sum_{i<=k} sigma_i / sum_i sigma_i >= 1 - delta; 0 for features that are zero everywhere.
+    Returns a 0-d tensor. Raises ValueError for delta outside [0, 1).
+    """
+    if not 0 <= delta < 1:
+        raise ValueError(f"delta must lie in [0, 1), got {delta}")
+    cumulative = _singular_values(features).cumsum(0)
+    total = cumulative[-1]
+    rank = (cumulative < (1 - delta) * total).sum() + 1
+    return torch.where(total > 0, rank, total)  # total is 0 for dead and NaN for invalid features
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values, p = sigma / sum sigma (Roy & Vetterli 2007).
+
+    Between 1 and min(batch, units); 0 for features that are zero everywhere. (batch, units) -> 0-d tensor.
+    """
+    sigma = _singular_values(features)
+    total = sigma.sum()
+    return torch.where(total > 0, torch.special.entr(sigma / total).sum().exp(), total)
+
+
+def stable_rank(features: Tensor) -> Tensor:
+    """||H||_F^2 / ||H||_2^2 = sum sigma_i^2 / sigma_1^2 (Rudelson & Vershynin 2007). Some toolboxes call this srank.
+
+    Between 1 and min(batch, units); 0 for features that are zero everywhere. (batch, units) -> 0-d tensor.
+    """
+    sigma = _singular_values(features)
+    # Dividing before squaring keeps small features out of the underflow.
+    return torch.where(sigma[0] > 0, (sigma / sigma[0]).square().sum(), sigma[0])
+
+
+def weight_norm(module: nn.Module) -> Tensor:
+    """L2 norm of all parameters of a module taken as one vector: sqrt(sum_p ||p||^2). Returns a 0-d tensor."""
+    return nn.utils.get_total_norm([parameter.detach() for parameter in module.parameters()])
+
+
+def grad_norm(module: nn.Module) -> Tensor:
+    """L2 norm of the gradients of all parameters as one vector; a parameter without a gradient counts 0. 0-d tensor."""
+    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+
+def gradient_cosine(gradients: Tensor) -> Tensor:
+    """Mean cosine similarity between the gradients of all pairs of tasks; negative means conflict (Yu et al. 2020).
+
+    gradients: (tasks, parameters), one flattened gradient per task. A gradient of zero has cosine 0 with every other.
+    Returns a 0-d tensor. Raises ValueError for fewer than two tasks.
+    """
+    if gradients.ndim != 2 or len(gradients) < 2:
+        raise ValueError(f"need (tasks, parameters) with at least two tasks, got {tuple(gradients.shape)}")
+    tasks = len(gradients)
+    direction = nn.functional.normalize(gradients, dim=1)
+    cosine = direction @ direction.T
+    return (cosine.sum() - cosine.trace()) / (tasks * (tasks - 1))
+
+
+def fisher_trace(
+    log_prob: Callable[..., Tensor], parameters: dict[str, Tensor], samples: tuple[Tensor, ...], chunk_size: int = 32
+) -> Tensor:
+    """Trace of a policy's Fisher information matrix, E ||grad_theta log pi(a|s)||^2 with a ~ pi(.|s).
+
+    log_prob(parameters, *sample) -> scalar for one sample (no batch dimension), differentiable in `parameters`;
+    parameters: e.g. dict(actor.named_parameters()); samples: (batch, ...) tensors, e.g. (observations, actions) with
+    actions drawn from the present policy (replayed actions give another quantity). For a Gaussian actor:
+
+        def log_prob(parameters, observation, action):  # action before the tanh, whose Jacobian has no parameters
+            mean, log_std = torch.func.functional_call(actor, parameters, (observation[None],))
+            return Normal(mean, log_std.exp(), validate_args=False).log_prob(action).sum()  # vmap cannot validate
+
+    Per-sample gradients exist for `chunk_size` samples at a time (memory: chunk_size copies of the parameters).
+    Returns a 0-d tensor. Raises ValueError for an empty batch.
+    """
+    if len(samples[0]) == 0:
+        raise ValueError("the Fisher trace of an empty batch is not defined")
+    parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+
+    def squared_norm(*sample: Tensor) -> Tensor:
+        gradient = torch.func.grad(log_prob)(parameters, *sample)
+        return sum(g.square().sum() for g in gradient.values())
+
+    return torch.func.vmap(squared_norm, chunk_size=chunk_size)(*samples).mean()
+
+
+def sensitivity(outputs: Tensor, outputs_perturbed: Tensor, active: Tensor | None = None) -> Tensor:
+    """Sensitivity score of each unit of a layer to a perturbed input (SSDE, arXiv 2503.05246, Eq. 9).
+
+    Delta_i = mean_x |y_i(x) - y_i(x')|, score_i = Delta_i / mean_k Delta_k. In a layer that does not react at all every
+    score is 0. Units outside `active` score NaN, which no threshold selects.
+
+    outputs, outputs_perturbed: (batch, units) of the same layer for x and x'; active: boolean (units,) or None.
+    Returns a (units,) tensor. Raises ValueError for shapes that do not fit.
+    """
+    if outputs.shape != outputs_perturbed.shape:
+        raise ValueError(f"outputs differ in shape: {tuple(outputs.shape)} and {tuple(outputs_perturbed.shape)}")
+    [(difference, mask)] = _layers_and_masks([outputs - outputs_perturbed], None if active is None else [active])
+    delta = torch.where(mask, difference.abs().mean(0), 0)
+    layer_mean = delta.sum() / mask.sum()
+    score = torch.where(layer_mean == 0, 0, delta / layer_mean)
+    return torch.where(mask, score, torch.nan)
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def evaluate(
+    policy: Callable[[np.ndarray], np.ndarray],
+    env: gym.Env,
+    episodes: int,
+    seed: int | Sequence[int],
+    stop: Callable[[], bool] | None = None,
+) -> dict[str, float | None] | None:
+    """Means over `episodes` episodes: {"episode_return", "success", "length"}.
+
+    policy: one float32 observation (obs_dim,) -> action (act_dim,), deterministic if evaluations are to be comparable.
+    seed: an int or a sequence, e.g. (run seed, task index). Episode n is reset with a seed made of (*seed, n) only: it
+    has the same goal at every evaluation, whenever and however often one evaluates. Use `env` for nothing else, or
+    training would inherit these resets.
+    success: share of episodes in which any step had info["success"] > 0; None if the environment never reports one.
+    stop: asked before every step; once it returns True (a signal arrived) the result is None.
+    Raises ValueError for episodes < 1.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    returns, lengths, successes, reports_success = [], [], [], False
+    for episode in range(episodes):
+        episode_seed = np.random.SeedSequence([*np.atleast_1d(seed), episode]).generate_state(1)
+        observation, _ = env.reset(seed=int(episode_seed[0]))
+        episode_return, length, success, done = 0.0, 0, False, False
+        while not done:
+            if stop is not None and stop():
+                return None
+            action = policy(np.asarray(observation, dtype=np.float32))
+            observation, reward, terminated, truncated, info = env.step(action)
+            episode_return += float(reward)
+            length += 1
+            reports_success |= "success" in info
+            success |= bool(info.get("success", 0) > 0)
+            done = terminated or truncated
+        returns.append(episode_return)
+        lengths.append(length)
+        successes.append(success)
+    return {
+        "episode_return": float(np.mean(returns)),
+        "success": float(np.mean(successes)) if reports_success else None,
+        "length": float(np.mean(lengths)),
+    }
+
+
+# ----------------------------------------------------------------------------------------------- continual learning
+#
+# success: S[e, i] in [0, 1], evaluations e in time order, one column i per *phase*: a task that comes twice in the
+# sequence (CW20) has two columns. A task not yet evaluated counts 0.
+# phase_of_evaluation: (evaluations,), the phase of each; an evaluation at a task border belongs to the phase that ends.
+# Source: Wolczyk et al. 2021, Continual World, arXiv 2105.10919, and its code.
+
+
+def performance_cw(success: np.ndarray, window: int = 5) -> tuple[float, np.ndarray]:
+    """Final performance P = mean_i P_i, P_i = mean of S[e, i] over the last `window` evaluations of the run.
+
+    `window=1` is the plain success at the end of the run. Returns P and the (tasks,) array of P_i.
+    Raises ValueError for window < 1, NaN, or a wrong shape.
+    """
+    per_task = _last_mean(_checked(success), window)
+    return float(per_task.mean()), per_task
+
+
+def forgetting_cw(success: np.ndarray, phase_of_evaluation: np.ndarray, window: int = 5) -> tuple[float, np.ndarray]:
+    """Forgetting F = mean_i F_i, F_i = (mean of the last `window` evaluations of phase i) - P_i. Not clipped at 0.
+
+    A phase with fewer evaluations uses all it has; the last phase is part of the mean, as in Continual World. A method
+    whose old policies never change still has F < 0, since success rises inside a phase's window; `window=1` (the
+    evaluation at the phase's end minus the run's last) is exactly 0 then. Returns F and the (tasks,) array of F_i.
+    Raises ValueError for window < 1, NaN, wrong shapes, or a phase without evaluation.
+    """
+    at_phase_end = np.array([_last_mean(curve, window) for curve in _phase_curves(success, phase_of_evaluation)])
+    per_task = at_phase_end - performance_cw(success, window)[1]
+    return float(per_task.mean()), per_task
+
+
+def auc_cw(success: np.ndarray, phase_of_evaluation: np.ndarray) -> np.ndarray:
+    """Area under each task's learning curve: AUC_i = mean of S[e, i] over the evaluations of phase i; (tasks,) array.
+
+    Of a run that learns every task from scratch it is the `reference` of `forward_transfer_cw`.
+    Raises ValueError for NaN, wrong shapes, or a phase without evaluation.
+    """
+    return np.array([curve.mean() for curve in _phase_curves(success, phase_of_evaluation)])
+
+
+def forward_transfer_cw(
+    success: np.ndarray, phase_of_evaluation: np.ndarray, reference: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Forward transfer FT = mean_i FT_i, FT_i = (AUC_i - AUC_i^ref) / (1 - AUC_i^ref).
+
+    reference: (tasks,) AUC_i^ref of training from scratch (`auc_cw` of such runs, averaged over seeds), in the order of
+    `success`. Where it is 1 nothing can be gained: FT_i is NaN and left out of FT (NaN if no task remains).
+    Returns FT and the (tasks,) array of FT_i.
+    Raises ValueError for NaN, wrong shapes, a phase without evaluation, or a reference outside [0, 1].
+    """
+    auc = auc_cw(success, phase_of_evaluation)
+    reference = np.asarray(reference, dtype=np.float64)
+    if reference.shape != auc.shape or not ((reference >= 0) & (reference <= 1)).all():
+        raise ValueError(f"reference must hold {len(auc)} values in [0, 1], got {reference}")
+    headroom = np.where(reference < 1, 1 - reference, np.nan)
+    per_task = (auc - reference) / headroom
+    defined = per_task[reference < 1]
+    return float(defined.mean()) if len(defined) else float("nan"), per_task
+
+
+def _checked(success: np.ndarray) -> np.ndarray:
+    success = np.asarray(success, dtype=np.float64)
+    if success.ndim != 2 or success.size == 0 or not np.isfinite(success).all():
+        raise ValueError(
+            "success must be a finite, non-empty (evaluations, tasks) array (0 where a task was not evaluated yet): "
+            f"got shape {success.shape} with {int((~np.isfinite(success)).sum())} entries that are not finite"
+        )
+    return success
+
+
+def _last_mean(evaluations: np.ndarray, window: int) -> np.ndarray:
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    return evaluations[-window:].mean(axis=0)
+
+
+def _phase_curves(success: np.ndarray, phase_of_evaluation: np.ndarray) -> list[np.ndarray]:
+    """For each task i its success at the evaluations of phase i, in time order."""
+    success, phase = _checked(success), np.asarray(phase_of_evaluation)
+    tasks = success.shape[1]
+    if phase.shape != (len(success),) or not np.array_equal(np.unique(phase), np.arange(tasks)):
+        raise ValueError(
+            f"need a phase for each of the {len(success)} evaluations and each of 0..{tasks - 1} at least once: "
+            f"got {phase.tolist()}"
+        )
+    if (np.diff(phase) < 0).any():
+        raise ValueError(f"phases must not decrease (phases count visits, not tasks): got {phase.tolist()}")
+    return [success[phase == i, i] for i in range(tasks)]
