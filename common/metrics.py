@@ -59,15 +59,16 @@ def _layers_and_masks(features: list[Tensor], active: list[Tensor] | None) -> li
     """Pairs of (batch, units) features and boolean (units,) mask, checked; without `active` every unit counts."""
     if active is None:
         active = [torch.ones(h.shape[-1:], dtype=torch.bool, device=h.device) for h in features]
-    if not features or len(active) != len(features):
-        raise ValueError(f"need features of at least one layer and a mask for each: got {len(features)}, {len(active)}")
-    for h, mask in zip(features, active, strict=True):
+    if not features:
+        raise ValueError("need the features of at least one layer")
+    layers = list(zip(features, active, strict=True))
+    for h, mask in layers:
         if h.ndim != 2 or mask.shape != h.shape[1:] or mask.dtype != torch.bool:
             raise ValueError(
                 "need (batch, units) features and boolean (units,) masks: "
                 f"got {tuple(h.shape)} and {mask.dtype} {tuple(mask.shape)}"
             )
-    return list(zip(features, active, strict=True))
+    return layers
 
 
 # ------------------------------------------------------------------------------------------------------ plasticity
@@ -155,7 +156,7 @@ def stable_rank(features: Tensor) -> Tensor:
 
 def weight_norm(module: nn.Module) -> Tensor:
     """L2 norm of all parameters of a module taken as one vector: sqrt(sum_p ||p||^2). Returns a 0-d tensor."""
-    return nn.utils.get_total_norm([parameter.detach() for parameter in module.parameters()])
+    return nn.utils.get_total_norm(module.parameters())
 
 
 def grad_norm(module: nn.Module) -> Tensor:

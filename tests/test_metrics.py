@@ -173,6 +173,8 @@ def test_masks_and_features_must_fit():
         ([h], [torch.ones(2, dtype=torch.bool)]),
         ([h], [torch.ones(3)]),
         ([h[None]], None),
+        ([h[None]], [torch.ones(4, 3, dtype=torch.bool)]),
+        ([h, h], [torch.ones(3, dtype=torch.bool)]),
     ):
         for metric in (dormant_ratio, active_fraction):
             with pytest.raises(ValueError):

@@ -1,0 +1,409 @@
+"""Environments of the five scripts: Meta-World, dm_control and Gymnasium behind one factory.
+
+``make_env`` gives every environment the same interface: flat float32 observations, float32 actions in [-1, 1],
+``reset(seed=...)`` that reseeds, and termination told from truncation. ``get_rng_state`` and ``set_rng_state`` continue
+an environment bit for bit at an episode boundary. ``task_sequence`` and ``TASK_DESCRIPTIONS`` name Meta-World's tasks.
+"""
+
+import ctypes.util
+import difflib
+import functools
+import os
+import sys
+import types
+from collections.abc import Iterable
+
+import gymnasium as gym
+import numpy as np
+
+if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    # Left to themselves MuJoCo, Gymnasium and dm_control choose GLFW, which cannot draw without a display. dm_control
+    # does not even import with "egl" where that library is missing, hence "disable" (no rendering) there.
+    os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "disable")
+
+import mujoco
+
+# One sentence per task, in Meta-World's order (MT50). The texts of CW10 are Meta-World's own (arXiv 1910.10897,
+# appendix, without the randomised positions), as CoTASP and SSDE feed them to their sentence encoder; the others are
+# ours, in the same manner.
+TASK_DESCRIPTIONS: dict[str, str] = {
+    "assembly-v3": "Pick up a nut and put it on a peg.",
+    "basketball-v3": "Pick up a basketball and drop it through the hoop.",
+    "bin-picking-v3": "Grasp a puck in one bin and put it into the other bin.",
+    "box-close-v3": "Grasp a lid and close a box with it.",
+    "button-press-topdown-v3": "Press a button from above.",
+    "button-press-topdown-wall-v3": "Bypass a wall and press a button from above.",
+    "button-press-v3": "Press a button.",
+    "button-press-wall-v3": "Bypass a wall and press a button.",
+    "coffee-button-v3": "Press the button of a coffee machine.",
+    "coffee-pull-v3": "Pull a mug away from a coffee machine.",
+    "coffee-push-v3": "Push a mug under a coffee machine.",
+    "dial-turn-v3": "Turn a dial by half a revolution.",
+    "disassemble-v3": "Take a nut off a peg.",
+    "door-close-v3": "Swing a door shut on its hinge.",
+    "door-lock-v3": "Lock a door by turning the lock clockwise.",
+    "door-open-v3": "Swing a door open on its hinge.",
+    "door-unlock-v3": "Unlock a door by turning the lock counter-clockwise.",
+    "hand-insert-v3": "Insert the hand into a hole.",
+    "drawer-close-v3": "Push and close a drawer.",
+    "drawer-open-v3": "Pull and open a drawer.",
+    "faucet-open-v3": "Rotate the faucet counter-clockwise.",
+    "faucet-close-v3": "Rotate the faucet clockwise.",
+    "hammer-v3": "Hammer a screw on the wall.",
+    "handle-press-side-v3": "Press a handle down sideways.",
+    "handle-press-v3": "Press a handle down.",
+    "handle-pull-side-v3": "Pull a handle up sideways.",
+    "handle-pull-v3": "Pull a handle up.",
+    "lever-pull-v3": "Pull a lever up by a quarter turn.",
+    "pick-place-wall-v3": "Pick a puck, bypass a wall and place the puck at a goal.",
+    "pick-out-of-hole-v3": "Lift a puck out of a hole.",
+    "pick-place-v3": "Pick and place a puck at a goal.",
+    "plate-slide-v3": "Slide a plate into a cabinet.",
+    "plate-slide-side-v3": "Slide a plate into a cabinet sideways.",
+    "plate-slide-back-v3": "Slide a plate out of a cabinet.",
+    "plate-slide-back-side-v3": "Slide a plate out of a cabinet sideways.",
+    "peg-insert-side-v3": "Insert a peg sideways.",
+    "peg-unplug-side-v3": "Unplug a peg sideways.",
+    "soccer-v3": "Kick a football into the goal.",
+    "stick-push-v3": "Grasp a stick and push a box with the stick.",
+    "stick-pull-v3": "Grasp a stick and pull a box with the stick.",
+    "push-v3": "Push the puck to a goal.",
+    "push-wall-v3": "Bypass a wall and push a puck to a goal.",
+    "push-back-v3": "Pull a puck to a goal.",
+    "reach-v3": "Reach a goal position.",
+    "reach-wall-v3": "Bypass a wall and reach a goal position.",
+    "shelf-place-v3": "Pick and place a puck onto a shelf.",
+    "sweep-into-v3": "Sweep a puck into a hole.",
+    "sweep-v3": "Sweep a puck off the table.",
+    "window-open-v3": "Push and open a window.",
+    "window-close-v3": "Push and close a window.",
+}
+
+MT50 = tuple(TASK_DESCRIPTIONS)
+MT10 = (
+    "reach-v3",
+    "push-v3",
+    "pick-place-v3",
+    "door-open-v3",
+    "drawer-open-v3",
+    "drawer-close-v3",
+    "button-press-topdown-v3",
+    "peg-insert-side-v3",
+    "window-open-v3",
+    "window-close-v3",
+)
+CW10 = (  # Continual World, arXiv 2105.10919
+    "hammer-v3",
+    "push-wall-v3",
+    "faucet-close-v3",
+    "push-back-v3",
+    "stick-pull-v3",
+    "handle-press-side-v3",
+    "push-v3",
+    "shelf-place-v3",
+    "window-close-v3",
+    "peg-unplug-side-v3",
+)
+TASK_SEQUENCES: dict[str, tuple[str, ...]] = {
+    "cw10": CW10,
+    "cw20": CW10 + CW10,
+    "cw3": ("push-back-v3", "shelf-place-v3", "stick-pull-v3"),
+    "mt10": MT10,
+    "mt50": MT50,
+}
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
+
+
+def _canonical(task: str) -> str:
+    return task if task.endswith("-v3") else f"{task}-v3"
+
+
+def task_sequence(spec: str) -> list[str]:
+    """Meta-World task names of a sequence, in order.
+
+    Args:
+        spec: a key of ``TASK_SEQUENCES`` ("cw10") or a comma list of tasks with or without "-v3" ("hammer,push-v3");
+            a list may also hold sequences ("cw3,reach").
+
+    Raises:
+        ValueError: an empty list or entry, or an unknown name (with the nearest known ones).
+    """
+    tasks: list[str] = []
+    for name in (part.strip() for part in spec.split(",")):
+        if not name:
+            raise ValueError(f"empty task name in {spec!r}: expected for example 'cw10' or 'hammer,push-wall'")
+        if name in TASK_SEQUENCES:
+            tasks += TASK_SEQUENCES[name]
+        elif _canonical(name) in TASK_DESCRIPTIONS:
+            tasks.append(_canonical(name))
+        else:
+            nearest = _nearest(name, [*TASK_SEQUENCES, *MT50])
+            raise ValueError(f"unknown Meta-World task or sequence {name!r}; nearest known: {nearest}")
+    return tasks
+
+
+class _FastMetaWorld:
+    """Mixin that makes a Meta-World 3.1.1 task about twice as fast, bit-identical in observation, reward and info.
+
+    It replaces Python loops and repeated checks around the physics of ``metaworld.SawyerXYZEnv``; the tests compare
+    all 50 tasks with the library.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """As the library's, which ignores ``seed``. Observation (39,) float64."""
+        if seed is not None:
+            self.seed(seed)
+        self._first_pass = True
+        return super().reset(options=options)
+
+    def _reset_hand(self, steps: int = 50) -> None:
+        # The library's reset runs reset_model twice and keeps of the first pass only the random numbers it consumed:
+        # there the 50 simulated steps that bring the hand to its place can go.
+        super()._reset_hand(0 if self._first_pass else steps)
+        self._first_pass = False
+
+    def step(self, action: np.ndarray):
+        """One step of 12.5 ms. ``action`` (4,) in [-1, 1]: hand displacement in cm and gripper effort."""
+        if self.curr_path_length >= self.max_path_length:
+            raise ValueError("the episode is over: call reset()")
+        model, data = self.model, self.data
+        hand = data.mocap_pos + action[:3].clip(-1, 1) * self.action_scale
+        data.mocap_pos = hand.clip(self.mocap_low, self.mocap_high)
+        data.ctrl[:] = action[3], -action[3]
+        mujoco.mj_step(model, data, nstep=self.frame_skip)
+        mujoco.mj_forward(model, data)  # positions and contact forces of the new state
+        self.curr_path_length += 1
+        bounds = self.sawyer_observation_space
+        obs = self._get_obs().clip(bounds.low, bounds.high)
+        reward, info = self.evaluate_state(obs, action)
+        return obs, reward, False, self.curr_path_length == self.max_path_length, info
+
+    def _get_curr_obs_combined_no_goal(self) -> np.ndarray:
+        """Hand xyz, gripper opening, then position and quaternion of up to two objects: (18,) float64."""
+        fingers = self.get_body_com("rightclaw") - self.get_body_com("leftclaw")
+        positions = self._get_pos_objects().reshape(-1, 3)
+        obs = np.zeros(18)
+        obs[:3] = self.get_endeff_pos()
+        obs[3] = min(max(np.linalg.norm(fingers) / 0.1, 0.0), 1.0)
+        objects = obs[4 : 4 + 7 * len(positions)].reshape(-1, 7)
+        objects[:, :3] = positions
+        objects[:, 3:] = self._get_quat_objects().reshape(-1, 4)
+        return obs
+
+    def touching_object(self, object_geom_id: int) -> bool:
+        """Whether both finger pads press on the object; the library loops over all contacts in Python."""
+        contact = self.data.contact
+        geom1, geom2 = contact.geom1, contact.geom2
+        on_object = (geom1 == object_geom_id) | (geom2 == object_geom_id)
+        if not on_object.any():
+            return False
+        for pad in ("leftpad_geom", "rightpad_geom"):
+            pad_id = self.data.geom(pad).id
+            rows = contact.efc_address[on_object & ((geom1 == pad_id) | (geom2 == pad_id))]
+            if not sum(self.data.efc_force[rows]) > 0:  # not np.sum, which adds in another order
+                return False
+        return True
+
+    def render(self) -> np.ndarray | None:
+        """The camera's frame, upright: Meta-World's corner2 stands on its head."""
+        frame = super().render()
+        return None if frame is None else np.ascontiguousarray(frame[::-1, ::-1])
+
+    def close(self) -> None:
+        """Free the simulation (30 MB) even where the closed environment is still referenced."""
+        super().close()
+        vars(self).clear()  # views into the simulation, which keep it alive, lie in many attributes
+        self.mujoco_renderer = None  # so that closing twice is allowed
+
+
+@functools.cache
+def _fast_class(task: str) -> type:
+    """The Meta-World class of ``task`` with ``_FastMetaWorld`` mixed in."""
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+    from scipy.spatial.transform import Rotation
+
+    base = ALL_V3_ENVIRONMENTS[task]
+    # MuJoCo's rotation matrices are valid; scipy's check of that takes 37 of its 49 µs. The task's own method, with a
+    # Rotation that leaves it out, is bound to our subclass alone.
+    unchecked = types.SimpleNamespace(from_matrix=functools.partial(Rotation.from_matrix, assume_valid=True))
+    method = base._get_quat_objects
+    method = types.FunctionType(method.__code__, {**method.__globals__, "Rotation": unchecked}, method.__name__)
+    return type(f"Fast{base.__name__}", (_FastMetaWorld, base), {"_get_quat_objects": method})
+
+
+def _make_meta_world(
+    task: str, seed: int, reward_version: str, max_episode_steps: int | None, render_mode: str | None
+) -> gym.Env:
+    """Continual World's ``random_init_all``: goal in the observation, new object and goal positions at each reset."""
+    env = _fast_class(task)(reward_function_version=reward_version, render_mode=render_mode, camera_name="corner2")
+    env._partially_observable = False
+    del env.sawyer_observation_space  # cached with the goal hidden
+    env.observation_space = env.sawyer_observation_space
+    env._freeze_rand_vec = False
+    env._set_task_called = True
+    env.seeded_rand_vec = True  # else positions come from NumPy's global generator
+    env.max_path_length = 200 if max_episode_steps is None else max_episode_steps
+    env.seed(seed)
+    return env
+
+
+class DMControlEnv(gym.Env):
+    """A task of dm_control's suite as a Gymnasium environment; observation entries are concatenated in their order."""
+
+    def __init__(self, domain: str, task: str, seed: int, limit_time: bool, render_mode: str | None):
+        from dm_control import suite
+
+        task_kwargs = {"random": seed} if limit_time else {"random": seed, "time_limit": float("inf")}
+        self.dm_env = suite.load(domain, task, task_kwargs=task_kwargs)
+        size = sum(int(np.prod(entry.shape)) for entry in self.dm_env.observation_spec().values())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+        bounds = self.dm_env.action_spec()
+        self.action_space = gym.spaces.Box(bounds.minimum.astype(np.float32), bounds.maximum.astype(np.float32))
+        self.render_mode = render_mode
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / self.dm_env.control_timestep())}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            self.dm_env.task.random.seed(seed)
+        return self._observation(self.dm_env.reset()), {}
+
+    def step(self, action: np.ndarray):
+        time_step = self.dm_env.step(action)
+        terminated = time_step.last() and time_step.discount == 0.0
+        truncated = time_step.last() and not terminated
+        return self._observation(time_step), time_step.reward, terminated, truncated, {}
+
+    def _observation(self, time_step) -> np.ndarray:
+        return np.concatenate([np.ravel(entry) for entry in time_step.observation.values()])
+
+    def render(self) -> np.ndarray:
+        return self.dm_env.physics.render(height=480, width=480, camera_id=0)
+
+    def close(self) -> None:
+        self.dm_env.close()
+
+
+class _CommonInterface(gym.Wrapper):
+    """Flat float32 observations, float32 actions, float rewards, action repeat."""
+
+    def __init__(self, env: gym.Env, action_repeat: int):
+        super().__init__(env)
+        size = int(np.prod(env.observation_space.shape))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
+        self.action_repeat = action_repeat
+        self.metadata = {**env.metadata, "render_fps": round(env.metadata.get("render_fps", 30) / action_repeat)}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        return np.array(obs, dtype=np.float32).ravel(), info
+
+    def step(self, action: np.ndarray):
+        action = np.asarray(action, dtype=np.float32)
+        total_reward = success = 0.0
+        for _ in range(self.action_repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total_reward += float(reward)
+            if "success" in info:  # a success in a repeated step must not be lost
+                info["success"] = success = max(success, float(info["success"]))
+            if terminated or truncated:
+                break
+        return np.array(obs, dtype=np.float32).ravel(), total_reward, terminated, truncated, info
+
+
+def make_env(
+    env_id: str,
+    *,
+    seed: int,
+    reward_version: str = "v2",
+    max_episode_steps: int | None = None,
+    action_repeat: int = 1,
+    render_mode: str | None = None,
+) -> gym.Env:
+    """Build an environment with observations Box(-inf, inf, (n,), float32) and actions Box(-1, 1, (m,), float32).
+
+    Actions are rescaled where the environment's own bounds differ from -1 and 1. ``reset()`` continues the random
+    stream that ``seed`` started, ``reset(seed=...)`` starts it anew (not that of ``action_space``, as in Gymnasium).
+
+    Args:
+        env_id: Meta-World task ("hammer" or "hammer-v3"), "dmc/<domain>-<task>" ("dmc/cheetah-run"), or any Gymnasium
+            id with Box spaces ("HalfCheetah-v5").
+        seed: of the environment's generator and of ``action_space``.
+        reward_version: Meta-World's reward function, "v2" (0 to 10 a step) or "v1".
+        max_episode_steps: truncate after so many steps of the environment itself, before action repeat. None: 200 in
+            Meta-World (as Continual World), else the environment's own limit.
+        action_repeat: apply each action so many times and sum the rewards, up to the episode's end.
+        render_mode: None or "rgb_array" ((480, 480, 3) uint8 in Meta-World and dm_control).
+
+    Raises:
+        ValueError: unknown ``env_id`` (with the nearest known ones), a space that is not a Box, unbounded actions, or
+            an argument outside what is allowed.
+    """
+    if reward_version not in ("v1", "v2"):
+        raise ValueError(f"reward_version {reward_version!r}: expected 'v1' or 'v2'")
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f"render_mode {render_mode!r}: expected None or 'rgb_array'")
+    if action_repeat < 1:
+        raise ValueError(f"action_repeat {action_repeat}: expected at least 1")
+    if max_episode_steps is not None and max_episode_steps < 1:
+        raise ValueError(f"max_episode_steps {max_episode_steps}: expected at least 1")
+
+    if _canonical(env_id) in TASK_DESCRIPTIONS:
+        env = _make_meta_world(_canonical(env_id), seed, reward_version, max_episode_steps, render_mode)
+    elif env_id.startswith("dmc/"):
+        from dm_control import suite
+
+        known = {f"dmc/{domain}-{task}": (domain, task) for domain, task in suite.ALL_TASKS}
+        if env_id not in known:
+            raise ValueError(f"unknown dm_control task {env_id!r}; nearest known: {_nearest(env_id, known)}")
+        env = DMControlEnv(*known[env_id], seed, max_episode_steps is None, render_mode)
+        if max_episode_steps is not None:
+            env = gym.wrappers.TimeLimit(env, max_episode_steps)
+    else:
+        try:
+            gym.spec(env_id)
+        except gym.error.Error:
+            nearest = _nearest(env_id, [*MT50, *gym.registry])
+            raise ValueError(f"unknown environment {env_id!r}; nearest known: {nearest}") from None
+        env = gym.make(env_id, max_episode_steps=max_episode_steps, render_mode=render_mode, disable_env_checker=True)
+        env.unwrapped.np_random = gym.utils.seeding.np_random(seed)[0]
+
+    for name, space in (("observation", env.observation_space), ("action", env.action_space)):
+        if not isinstance(space, gym.spaces.Box):
+            raise ValueError(f"{env_id!r} has {name} space {space}: expected a Box")
+    if not env.action_space.is_bounded():
+        raise ValueError(f"{env_id!r} has unbounded actions: expected finite bounds")
+    if np.any(env.action_space.low != -1) or np.any(env.action_space.high != 1):
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    env = _CommonInterface(env, action_repeat)
+    env.action_space.seed(seed)
+    return env
+
+
+def get_rng_state(env: gym.Env) -> dict:
+    """The state of the generators that decide all that follows the next ``reset()``: environment and action space.
+
+    Take it between an episode's last step and the next reset, which draws the new goal and start. It holds plain Python
+    numbers, strings and dicts only, so ``torch.load(weights_only=True)`` accepts it.
+    """
+    if isinstance(env.unwrapped, DMControlEnv):
+        state = env.unwrapped.dm_env.task.random.get_state(legacy=False)
+        state["state"]["key"] = state["state"]["key"].tolist()
+    else:
+        state = env.unwrapped.np_random.bit_generator.state
+    return {"env": state, "action_space": env.action_space.np_random.bit_generator.state}
+
+
+def set_rng_state(env: gym.Env, state: dict) -> None:
+    """Continue from ``get_rng_state``: the next ``reset()`` of an environment made by the same call is bit-identical.
+
+    Restoring the physics instead would not be exact: solver warm starts and caches lie outside of it.
+    """
+    if isinstance(env.unwrapped, DMControlEnv):
+        env.unwrapped.dm_env.task.random.set_state(state["env"])
+    else:
+        env.unwrapped.np_random.bit_generator.state = state["env"]
+    env.action_space.np_random.bit_generator.state = state["action_space"]
