@@ -9,7 +9,7 @@ The first command reads finished run folders of any of the scripts and writes to
 * `NAME_final.csv`: a row per run with its scalar metrics,
 * `NAME.png`: learning curves per task and bars of the final metrics,
 
-and prints the table. The second needs only the two csv files. Point estimates are interquartile means (IQM), intervals 95 %
+and prints the table. The second needs only the two csv files. The numbers are interquartile means (IQM) with 95 %
 percentile intervals of the stratified bootstrap over seeds, as Agarwal et al. 2021 (rliable) recommend for few seeds.
 """
 
@@ -143,11 +143,11 @@ def aggregate(all_scores: pd.DataFrame, reps: int) -> pd.DataFrame:
     rows = []
     for (metric, group), part in all_scores.groupby(["metric", "group"], sort=False):
         table = part.pivot(index="seed", columns="task", values="value").dropna(axis=1, how="all").dropna()
-        row = {"metric": metric, "group": group, "seeds": table.shape[0], "tasks": table.shape[1]}
+        row = {"metric": metric, "group": group, "seeds": 0 if table.empty else len(table), "tasks": table.shape[1]}
         row |= {"iqm": math.nan, "low": math.nan, "high": math.nan}
-        if table.size:
+        if row["seeds"] > 0:
             row["iqm"] = metrics.aggregate_iqm(table.to_numpy())
-        if len(table) > 1:
+        if row["seeds"] > 1:
             np.random.seed(0)  # rliable draws from numpy's global generator, whatever random_state it is given
             _, interval = library.get_interval_estimates(
                 {"": table.to_numpy(dtype=float)}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps
@@ -176,7 +176,7 @@ def markdown(table: pd.DataFrame) -> str:
         for group in groups:
             row = part[part["group"] == group]
             if row.empty or row["seeds"].item() == 0:
-                cells.append("–")
+                cells.append("n/a")
                 continue
             cell = number(row["iqm"].item())
             if row["seeds"].item() > 1:
@@ -287,7 +287,7 @@ def draw(evaluations: pd.DataFrame, table: pd.DataFrame, path: Path) -> None:
             axis.set_yticks(position, groups)
             axis.set_ylim(len(groups) - 0.5, -0.5)  # the first group on top
             axis.xaxis.set_major_locator(MaxNLocator(3))
-            axis.set_title(metric, fontsize=9)
+            axis.set_title(metric.replace("_", " "), fontsize=9)
             tidy(axis)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
