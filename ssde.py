@@ -1022,7 +1022,7 @@ def main(args: Args) -> dict:
     def global_step() -> int:
         return at["phase"] * args.steps_per_task + at["step"]
 
-    def require_finite(name: str, value: np.ndarray | Tensor) -> None:
+    def require_finite(name: str, value: np.ndarray) -> None:
         if not np.isfinite(value).all():
             recorder.close()
             last_good = recorder.run_dir / "checkpoint.pt"
@@ -1031,7 +1031,7 @@ def main(args: Args) -> dict:
     def save() -> None:
         """Checkpoint; only at an episode's end, where an environment's future is its random state."""
         for name, weight in agent.named_weights():
-            require_finite(name, weight.detach().cpu())
+            require_finite(name, weight.detach().cpu().numpy())
         rng = {"torch": torch.get_rng_state()}
         if device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(device)
@@ -1067,7 +1067,7 @@ def main(args: Args) -> dict:
         while agent.distilled < args.distill_steps and not recorder.stopped:
             loss = agent.distill()
             if agent.distilled % LOG_EVERY == 0 or agent.distilled == args.distill_steps:
-                require_finite("distillation loss", loss.cpu())
+                require_finite("distillation loss", loss.cpu().numpy())
                 recorder.progress(global_step(), task=tasks[phase], distilled=agent.distilled)
 
         while True:  # once per episode
@@ -1101,7 +1101,7 @@ def main(args: Args) -> dict:
                     report_scores(agent, recorder, global_step())
                 if at["step"] % LOG_EVERY == 0:
                     for name, value in losses.items():
-                        require_finite(f"{name} loss", value.cpu())
+                        require_finite(f"losses/{name}", value.cpu().numpy())
                     recorder.log(global_step(), {f"losses/{name}": value for name, value in losses.items()})
                     speed = (global_step() - first_step) / (time.monotonic() - clock)
                     recorder.log(global_step(), {"charts/SPS": speed})

@@ -331,6 +331,8 @@ class GoalEnv(gym.Env):
 
     def step(self, action):
         self.steps += 1
+        if action[0] > 0:
+            self.np_random.random()  # some episodes draw more random numbers than others
         hit = self.steps == 3 and abs(float(action[0]) - self.goals[-1]) < 0.5
         info = {"success": float(hit)} if self.reports_success else {}
         return self._observation(), self.goals[-1], False, self.steps == 5, info
@@ -367,9 +369,9 @@ def test_evaluate_counts_success_where_only_successful_steps_report_one():
     assert result["success"] == np.mean([goal < 0.5 for goal in env.goals]) < 1
 
 
-def goals(env, episodes, seed):
+def goals(env, episodes, seed, action=0.0):
     env.goals.clear()
-    evaluate(lambda _: np.zeros(1), env, episodes, seed)
+    evaluate(lambda _: np.array([action]), env, episodes, seed)
     return list(env.goals)
 
 
@@ -380,6 +382,7 @@ def test_goals_depend_on_seed_and_episode_number_only():
     env.reset(seed=99)  # whatever the environment did in between
     np.random.seed(5)
     assert goals(env, 6, (7, 0))[:4] == first  # later, and with more episodes
+    assert goals(env, 4, (7, 0), action=1.0) == first  # whatever the policy does
     assert goals(GoalEnv(), 4, [7, 0]) == first
     assert not set(goals(env, 4, (7, 1))) & set(first)
     assert not set(goals(env, 4, (8, 0))) & set(first)

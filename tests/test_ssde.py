@@ -1,0 +1,562 @@
+"""SSDE's mathematics against literal versions of the paper's formulas, and its promises on real training runs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ssde
+from common.recorder import load_checkpoint
+from ssde import Agent, Args, Critic, ReplayBuffer, SharedPolicy
+
+OBS_DIM, ACT_DIM, CPU = 39, 4, torch.device("cpu")
+SMALL = {"hidden_dim": 24, "hidden_layers": 2, "critic_hidden_dim": 16, "lambda_global": 0.05, "lambda_local": 0.05}
+# Three real tasks in seconds, with resets, distillation and evaluations in each.
+TINY = SMALL | {
+    "task_seq": "reach,drawer-close,push",
+    "steps_per_task": 600,
+    "learning_starts": 200,
+    "eval_every": 300,
+    "eval_episodes": 1,
+    "batch_size": 32,
+    "reset_every": 100,
+    "distill_steps": 50,
+    "checkpoint_every": 300,
+    "quiet": True,
+}
+
+
+def random_masks(rng: np.random.Generator, width: int, layers: int) -> list[torch.Tensor]:
+    """A boolean mask per layer with at least two neurons, as LayerNorm of one neuron is constant."""
+    masks = []
+    for _ in range(layers):
+        mask = rng.random(width) < 0.5
+        mask[rng.choice(width, 2, replace=False)] = True
+        masks.append(torch.from_numpy(mask))
+    return masks
+
+
+class FullSizeOracle:
+    """SSDE's policy by the letter: full-size matrices, full-size masks, a masked LayerNorm, python loops over Psi."""
+
+    def __init__(self, shared: SharedPolicy):
+        self.weights = [w.clone().double().requires_grad_() for w in shared.weights]
+        self.biases = [b.clone().double().requires_grad_() for b in shared.biases]
+        self.psi = [torch.zeros_like(w) for w in shared.weights]
+        self.psi_bias = [torch.zeros_like(b) for b in shared.biases]
+
+    def allocate(self, masks: list[torch.Tensor]) -> dict:
+        phi = [torch.ones(OBS_DIM), *[m.float() for m in masks], torch.ones(ACT_DIM)]
+        psi_task = []
+        for layer, weight in enumerate(self.weights):
+            own = torch.zeros_like(weight, dtype=torch.float32)
+            for i in range(own.shape[0]):
+                for j in range(own.shape[1]):
+                    own[i, j] = phi[layer + 1][i] * phi[layer][j]  # Eq. 5
+            psi_task.append(own)
+        task = {"phi": phi, "psi": psi_task}
+        task["frozen"] = [own * old for own, old in zip(psi_task, self.psi, strict=True)]
+        task["frozen_bias"] = [m * old for m, old in zip(phi[1:-1], self.psi_bias, strict=True)]
+        self.psi = [torch.maximum(own, old) for own, old in zip(psi_task, self.psi, strict=True)]
+        self.psi_bias = [torch.maximum(m, old) for m, old in zip(phi[1:-1], self.psi_bias, strict=True)]
+        return task
+
+    def mean(self, task: dict, obs: torch.Tensor, beta: float, gate: float) -> torch.Tensor:
+        x = obs.double()
+        for layer, weight in enumerate(self.weights):
+            scale = gate * (task["psi"][layer] - task["frozen"][layer]) + beta * task["frozen"][layer]  # Eq. 7
+            y = x @ (scale * weight).T
+            if layer == len(self.biases):
+                return y
+            mask = task["phi"][layer + 1].double()
+            frozen_bias = task["frozen_bias"][layer]
+            y = y + (gate * (mask - frozen_bias) + beta * frozen_bias) * self.biases[layer]
+            if layer == 0:
+                mean = (y * mask).sum(1, keepdim=True) / mask.sum()
+                variance = ((y - mean).square() * mask).sum(1, keepdim=True) / mask.sum()
+                x = torch.tanh((y - mean) / torch.sqrt(variance + 1e-6)) * mask
+            else:
+                x = torch.where(y > 0, y, 0.01 * y) * mask
+
+
+def shared_policy(rng: np.random.Generator, width: int, layers: int) -> SharedPolicy:
+    """A shared policy with biases and a head that are not near zero, so that errors in them show."""
+    shared = SharedPolicy(OBS_DIM, ACT_DIM, width, layers, CPU)
+    for bias in shared.biases:
+        bias.copy_(torch.from_numpy(rng.standard_normal(width)))
+    shared.weights[-1].copy_(torch.from_numpy(rng.standard_normal((ACT_DIM, width))))
+    return shared
+
+
+# ------------------------------------------------------------------------------------------------------ allocation
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), width=st.integers(3, 14), layers=st.integers(1, 3), beta=st.floats(0, 1))
+def test_cut_policy_and_its_gradients_equal_the_full_size_masked_formula(seed, width, layers, beta):
+    rng = np.random.default_rng(seed)
+    shared = shared_policy(rng, width, layers)
+    oracle = FullSizeOracle(shared)
+    obs = torch.from_numpy(rng.standard_normal((5, OBS_DIM))).float()
+    for task in range(3):
+        masks = random_masks(rng, width, layers)
+        shared.allocate(masks, beta, 1 - beta)
+        literal = oracle.allocate(masks)
+        gate = 1.0 if task == 0 else 1 - beta
+        policy = shared.cut(task)
+        mean, expected = policy(obs)[0], oracle.mean(literal, obs, beta, gate)
+        torch.testing.assert_close(mean.double(), expected, atol=1e-5, rtol=1e-4)
+
+        # Eq. 8: the gradient of the loss, times the mask of what is trainable
+        mean.sin().sum().backward()
+        gradients = torch.autograd.grad(expected.sin().sum(), [*oracle.weights, *oracle.biases])
+        for layer, trained in enumerate((*policy.hidden, policy.mean)):
+            trainable = literal["psi"][layer] - literal["frozen"][layer]
+            rows, columns = literal["phi"][layer + 1].bool(), literal["phi"][layer].bool()
+            block = (gradients[layer] * trainable)[rows][:, columns]
+            torch.testing.assert_close(trained.weight.grad.double(), block, atol=1e-4, rtol=1e-3)
+            assert (trained.weight.grad[literal["frozen"][layer][rows][:, columns] == 1] == 0).all()
+        shared.write_back(task, policy)
+        for mine, literal_psi in zip(shared.used_weights, oracle.psi, strict=True):
+            assert torch.equal(mine, literal_psi.bool())
+        for mine, literal_psi in zip(shared.used_biases, oracle.psi_bias, strict=True):
+            assert torch.equal(mine, literal_psi.bool())
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_write_back_changes_the_trainable_weights_of_the_task_and_nothing_else(seed):
+    rng = np.random.default_rng(seed)
+    shared = shared_policy(rng, 10, 2)
+    shared.allocate(random_masks(rng, 10, 2), 0.3, 0.7)
+    shared.write_back(0, shared.cut(0))
+    masks = random_masks(rng, 10, 2)
+    shared.allocate(masks, 0.3, 0.7)
+    before, used = [w.clone() for w in shared.weights], [u.clone() for u in shared.used_weights]
+    policy = shared.cut(1)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter)
+    shared.write_back(1, policy)
+    phi = [torch.ones(OBS_DIM, dtype=torch.bool), *masks, torch.ones(ACT_DIM, dtype=torch.bool)]
+    for layer, weight in enumerate(shared.weights):
+        own = phi[layer + 1][:, None] & phi[layer][None]
+        trainable = own & ~used[layer]
+        assert torch.equal(weight[~trainable], before[layer][~trainable])
+        assert (weight[trainable] != before[layer][trainable]).all()
+
+
+def test_a_weight_between_two_old_neurons_that_no_task_joins_is_trainable():
+    shared = SharedPolicy(OBS_DIM, ACT_DIM, 4, 2, CPU)
+    for first, second in (([0, 1], [0, 1]), ([2, 3], [2, 3]), ([0, 2], [1, 3])):
+        masks = [torch.zeros(4, dtype=torch.bool).index_fill(0, torch.tensor(n), True) for n in (first, second)]
+        shared.allocate(masks, 0.3, 0.7)
+        shared.write_back(len(shared.tasks) - 1, shared.cut(len(shared.tasks) - 1))
+    # layer 2 of the third task: rows 1, 3; columns 0, 2: 1<-0 was trained by task 0 and 3<-2 by task 1
+    assert shared.tasks[2]["frozen_weights"][1].tolist() == [[True, False], [False, True]]
+    assert shared.trainable_shares(2) == [0.0, 0.5, 0.0]
+
+
+def literal_lasso(embedding: np.ndarray, dictionary: np.ndarray, sparsity: float) -> np.ndarray:
+    """argmin 1/2 |e - D^T a|^2 + sparsity |a|_1 by cyclic coordinate descent."""
+    alpha = np.zeros(len(dictionary))
+    for _ in range(3000):
+        for i, atom in enumerate(dictionary):
+            correlation = atom @ (embedding - dictionary.T @ alpha + atom * alpha[i])
+            alpha[i] = math.copysign(max(abs(correlation) - sparsity, 0), correlation) / (atom @ atom)
+    return alpha
+
+
+@pytest.mark.parametrize(("seed", "sparsity"), [(0, 0.01), (1, 0.03), (2, 0.1)])
+def test_sparse_prompt_picks_the_positive_coefficients_of_the_lasso(seed, sparsity):
+    rng = np.random.default_rng(seed)
+    embedding = rng.standard_normal(12)
+    embedding /= np.linalg.norm(embedding)
+    dictionary = ssde.random_dictionary(16, 12, (seed, 1))
+    alpha = literal_lasso(embedding, dictionary, sparsity)
+    assert (alpha > 1e-9).any() and (alpha < -1e-9).any()  # negative ones must not count
+    assert np.array_equal(ssde.sparse_prompt(embedding, dictionary, sparsity), alpha > 1e-9)
+
+
+def test_dictionary_atoms_lie_in_the_unit_ball_and_short_ones_stay():
+    dictionary = ssde.random_dictionary(500, 2, (0,))
+    raw = np.random.default_rng((0,)).standard_normal((500, 2))
+    for atom, drawn in zip(dictionary, raw, strict=True):
+        np.testing.assert_allclose(atom, drawn / max(1, np.linalg.norm(drawn)))
+    assert not np.array_equal(dictionary, ssde.random_dictionary(500, 2, (1,)))
+
+
+def test_task_neurons_are_the_union_of_the_global_and_the_local_prompt():
+    embeddings = ssde.encode_tasks(["Push the puck to a goal.", "Hammer a screw on the wall."], "bundled")
+    for task, embedding in enumerate(embeddings):
+        masks = ssde.task_neurons(embedding, task, 32, 2, 7, 0.05, 0.02)
+        for layer, mask in enumerate(masks):
+            shared = ssde.random_dictionary(32, 384, (7, ssde.GLOBAL_DICTIONARY, layer))
+            local = ssde.random_dictionary(32, 384, (7, ssde.LOCAL_DICTIONARY, layer, task))
+            expected = ssde.sparse_prompt(embedding, shared, 0.05) | ssde.sparse_prompt(embedding, local, 0.02)
+            assert np.array_equal(mask.numpy(), expected)
+
+
+def test_similar_sentences_share_more_neurons():
+    sentences = ["Push the puck to a goal.", "Pull a puck to a goal.", "Hammer a screw on the wall."]
+    embeddings = ssde.encode_tasks(sentences, "bundled")
+    masks = [ssde.task_neurons(e, task, 128, 2, 0, 3e-2, 3e-2) for task, e in enumerate(embeddings)]
+    overlap = ssde.mask_overlap(masks)
+    for i, j in np.ndindex(3, 3):
+        a, b = torch.cat(masks[i]).tolist(), torch.cat(masks[j]).tolist()
+        both, either = sum(x and y for x, y in zip(a, b, strict=True)), sum(x or y for x, y in zip(a, b, strict=True))
+        assert overlap[i, j] == pytest.approx(both / either)
+    assert overlap[0, 1] > overlap[0, 2] and overlap[0, 1] > overlap[1, 2]
+
+
+def test_lambda_local_falls_linearly_to_its_end(monkeypatch):
+    seen = []
+    true_neurons = ssde.task_neurons
+
+    def spy(embedding, task, width, layers, seed, lambda_global, lambda_local):
+        seen.append(lambda_local)
+        return true_neurons(embedding, task, width, layers, seed, lambda_global, lambda_local)
+
+    monkeypatch.setattr(ssde, "task_neurons", spy)
+    agent = make_agent(lambda_local=0.05, lambda_local_end=0.01)
+    for task in range(3):
+        agent.begin_task(task)
+        agent.end_task()
+    assert seen == pytest.approx([0.05, 0.03, 0.01])
+
+
+# ----------------------------------------------------------------------------------------------------- initial weights
+
+
+def test_truncated_normal_has_the_asked_variance_and_is_cut_at_two_sigma():
+    torch.manual_seed(0)
+    weight = ssde.truncated_normal((400, 500), 2.0)
+    assert weight.var().item() == pytest.approx(2 / 500, rel=0.02)
+    assert weight.abs().max() <= 2 * math.sqrt(2 / 500) / 0.8796 + 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------- SAC
+
+
+def make_agent(**changes) -> Agent:
+    args = Args(**(TINY | changes))
+    sentences = [ssde.TASK_DESCRIPTIONS[task] for task in ssde.task_sequence(args.task_seq)]
+    torch.manual_seed(0)
+    agent = Agent(args, ssde.encode_tasks(sentences, "bundled"), OBS_DIM, ACT_DIM, CPU)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        obs, next_obs = rng.standard_normal((2, OBS_DIM)).astype(np.float32)
+        agent.replay.add(obs, next_obs, rng.uniform(-1, 1, ACT_DIM).astype(np.float32), rng.standard_normal())
+    return agent
+
+
+@pytest.mark.parametrize("bounded_mean", [False, True])
+def test_log_probability_is_that_of_the_squashed_gaussian(bounded_mean):
+    agent = make_agent(bounded_mean=bounded_mean)
+    agent.begin_task(0)
+    torch.nn.init.normal_(agent.policy.mean.weight)
+    torch.nn.init.normal_(agent.policy.log_std.weight)
+    obs = torch.randn(64, OBS_DIM)
+    mean, std = agent.policy(obs)
+    squash = torch.distributions.TanhTransform(cache_size=1)
+    distribution = torch.distributions.TransformedDistribution(torch.distributions.Normal(mean, std), squash)
+    torch.manual_seed(3)
+    action, log_prob = agent.policy.sample(obs)
+    torch.manual_seed(3)
+    u = mean + std * torch.randn_like(mean)
+    torch.testing.assert_close(action, u.tanh())
+    expected = (distribution.base_dist.log_prob(u) - squash.log_abs_det_jacobian(u, action)).sum(1)
+    torch.testing.assert_close(log_prob, expected, atol=1e-4, rtol=1e-4)
+    if bounded_mean:
+        assert mean.abs().max() <= 1 and F.softplus(torch.tensor(-2.0)) <= std.min()
+    else:
+        assert std.min() >= math.exp(-5) * 0.999 and std.max() <= math.exp(2) * 1.001
+
+
+def test_losses_are_sacs():
+    agent = make_agent()
+    agent.begin_task(0)
+    agent.log_alpha.data.fill_(-0.7)
+    batch, alpha = agent.replay.sample(16), math.exp(-0.7)
+    torch.manual_seed(5)
+    loss, _ = ssde.critic_loss(agent.policy, agent.critics, agent.targets, agent.log_alpha, batch, 0.9)
+    torch.manual_seed(5)
+    next_action, next_log_prob = agent.policy.sample(batch["next_obs"])
+    expected = 0.0
+    for n in range(16):
+        sa = torch.cat([batch["next_obs"][n], next_action[n]])[None]
+        soft_value = min(target(sa).item() for target in agent.targets) - alpha * next_log_prob[n].item()
+        y = batch["reward"][n].item() + 0.9 * soft_value
+        sa = torch.cat([batch["obs"][n], batch["action"][n]])[None]
+        expected += sum((critic(sa).item() - y) ** 2 for critic in agent.critics) / 16
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+    torch.manual_seed(6)
+    loss, _ = ssde.actor_loss(agent.policy, agent.critics, agent.log_alpha, batch["obs"])
+    torch.manual_seed(6)
+    action, log_prob = agent.policy.sample(batch["obs"])
+    q = torch.min(*(critic(torch.cat([batch["obs"], action], 1))[:, 0] for critic in agent.critics))
+    assert loss.item() == pytest.approx((alpha * log_prob - q).mean().item(), rel=1e-4)
+
+
+def test_update_moves_every_network_as_it_should():
+    agent = make_agent()
+    agent.begin_task(0)
+    before = {name: p.detach().clone() for name, p in agent.named_weights()}
+    agent.update()
+    after = dict(agent.named_weights())
+    for name, value in before.items():
+        if name.startswith("targets"):
+            online = after[name.replace("targets", "critics")]
+            torch.testing.assert_close(after[name], value + agent.args.tau * (online - value))
+        elif "bias" not in name:
+            assert not torch.equal(after[name], value), name
+    # log pi of a new policy is above the target entropy's -(-2) only if it is too sure: alpha follows the sign
+    assert agent.log_alpha.item() != 0
+
+
+def test_the_temperature_rises_while_entropy_is_below_its_target(monkeypatch):
+    for log_prob, sign in ((5.0, 1), (-5.0, -1)):  # entropy -5 is below the target -2: more exploration
+        agent = make_agent()
+        agent.begin_task(0)
+        true_loss = agent.actor_loss
+        agent.actor_loss = lambda *a, loss=true_loss, value=log_prob: (loss(*a)[0], torch.tensor(value))
+        agent.update()
+        assert math.copysign(1, agent.log_alpha.item()) == sign
+
+
+def test_distillation_loss_is_the_divergence_from_a_standard_normal():
+    agent = make_agent()
+    agent.begin_task(0)
+    torch.nn.init.normal_(agent.policy.mean.weight)
+    obs = torch.randn(32, OBS_DIM)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(*agent.policy(obs)), normal(0.0, 1.0)).sum(1).mean()
+    torch.testing.assert_close(ssde.distillation_loss(agent.policy, obs), expected)
+
+
+def test_distillation_brings_outputs_near_a_standard_normal_and_ends_with_a_fresh_optimizer():
+    agent = make_agent(distill_steps=400, policy_lr=3e-3)
+    agent.begin_task(0)
+    agent.end_task()
+    agent.begin_task(1)
+    obs = agent.replay.recent(100)["obs"]
+    first = ssde.distillation_loss(agent.policy, obs).item()
+    for _ in range(400):
+        agent.distill()
+    assert ssde.distillation_loss(agent.policy, obs).item() < 0.05 * first
+    assert not agent.policy_optimizer.state
+    for parameter, start in zip(agent.policy.parameters(), agent.initial.parameters(), strict=True):
+        assert torch.equal(parameter, start)
+
+
+@settings(max_examples=25, deadline=None)
+@given(capacity=st.integers(1, 12), added=st.integers(1, 40), count=st.integers(1, 20))
+def test_replay_keeps_the_latest_transitions(capacity, added, count):
+    replay = ReplayBuffer(capacity, 2, 1, CPU)
+    for n in range(added):
+        replay.add(np.full(2, n, np.float32), np.full(2, n + 0.5, np.float32), np.full(1, -n, np.float32), n)
+    kept = list(range(max(0, added - capacity), added))
+    recent = replay.recent(count)
+    assert recent["reward"].tolist() == kept[-count:]
+    batch = replay.sample(64)
+    assert set(batch["reward"].tolist()) <= set(kept)
+    assert torch.equal(batch["next_obs"][:, 0], batch["reward"] + 0.5)
+    assert torch.equal(batch["action"][:, 0], -batch["reward"])
+    copy = ReplayBuffer(capacity, 2, 1, CPU)
+    copy.load_state_dict(replay.state_dict())
+    assert torch.equal(copy.recent(count)["obs"], recent["obs"]) and len(copy) == len(replay)
+
+
+# --------------------------------------------------------------------------------------------------- dormant neurons
+
+
+def trained_agent(**changes) -> Agent:
+    """The second task of an agent, after some updates: part of its weights is frozen, Adam has moments."""
+    agent = make_agent(**changes)
+    agent.begin_task(0)
+    agent.update()
+    agent.end_task()
+    agent.begin_task(1)
+    while agent.distilled < agent.args.distill_steps:
+        agent.distill()
+    for _ in range(3):
+        agent.update()
+    return agent
+
+
+def test_sensitivity_scores_equal_a_loop_over_neurons_and_observations():
+    agent = trained_agent()
+    obs = agent.replay.recent(40)["obs"]
+    scores = ssde.neuron_scores(agent.policy, obs, "sensitivity")
+    clean = agent.policy.linear_outputs(obs)
+    perturbed = agent.policy.linear_outputs(obs + 0.01 * obs.mean(0))
+    for y, y_perturbed, score in zip(clean, perturbed, scores, strict=True):
+        delta = []
+        for i in range(y.shape[1]):
+            delta.append(sum(abs(y[n, i].item() - y_perturbed[n, i].item()) for n in range(len(obs))) / len(obs))
+        torch.testing.assert_close(score, torch.tensor(delta) / np.mean(delta), atol=1e-3, rtol=1e-3)
+
+
+def test_activation_scores_are_redos():
+    agent = trained_agent()
+    obs = agent.replay.recent(40)["obs"]
+    x = obs
+    for layer, activation, score in zip(
+        agent.policy.hidden,
+        agent.policy.activations,
+        ssde.neuron_scores(agent.policy, obs, "activation"),
+        strict=True,
+    ):
+        x = activation(layer(x))
+        torch.testing.assert_close(score, x.abs().mean(0) / x.abs().mean())
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_reset_gives_dormant_neurons_their_start_back_and_leaves_the_rest(seed):
+    agent = trained_agent()
+    torch.manual_seed(seed)
+    scores = [torch.rand(len(layer.weight)) for layer in agent.policy.hidden]
+    before = {name: p.detach().clone() for name, p in agent.policy.named_parameters()}
+    state = agent.policy_optimizer.state
+    moments = {name: state[p]["exp_avg"].clone() for name, p in agent.policy.named_parameters()}
+    counts = ssde.reset_dormant(agent.policy, agent.initial, agent.policy_optimizer, scores, 0.6)
+    assert counts == [int((s < 0.6).sum()) for s in scores]
+    start = dict(agent.initial.named_parameters())
+    for name, parameter in agent.policy.named_parameters():
+        moment = state[parameter]["exp_avg"]
+        dormant = torch.zeros(len(parameter), dtype=torch.bool)
+        if name.startswith("hidden"):
+            dormant = scores[int(name.split(".")[1])] < 0.6
+        assert torch.equal(parameter[dormant], start[name][dormant]) and (moment[dormant] == 0).all()
+        assert torch.equal(parameter[~dormant], before[name][~dormant])
+        assert torch.equal(moment[~dormant], moments[name][~dormant])
+
+
+def test_frozen_entries_never_get_a_gradient_or_a_moment():
+    agent = trained_agent()
+    for _ in range(3):
+        agent.reset_dormant()
+        agent.update()
+    own = agent.shared.tasks[1]
+    assert any(frozen.any() for frozen in own["frozen_weights"])
+    for layer, frozen in zip((*agent.policy.hidden, agent.policy.mean), own["frozen_weights"], strict=True):
+        moments = agent.policy_optimizer.state[layer.weight]
+        for value in (layer.weight, layer.weight.grad, moments["exp_avg"], moments["exp_avg_sq"]):
+            assert (value[frozen] == 0).all()
+        assert (moments["exp_avg"][~frozen] != 0).any()
+
+
+# --------------------------------------------------------------------------------------------- whole runs, real tasks
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A whole run on three real tasks, watched: every finished task's outputs, and the weights at each border."""
+    run_dir = tmp_path_factory.mktemp("ssde") / "run"
+    obs = torch.randn(100, OBS_DIM, generator=torch.Generator().manual_seed(0))
+    watched = {"outputs": [], "weights": [], "allocations": []}
+    true_end, true_begin = Agent.end_task, Agent.begin_task
+
+    def begin_task(agent, task):
+        watched["weights"].append([w.clone() for w in (*agent.shared.weights, *agent.shared.biases)])
+        true_begin(agent, task)
+
+    def end_task(agent):
+        with torch.no_grad():
+            watched["outputs"].append(agent.policy(obs))
+        true_end(agent)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Agent, "begin_task", begin_task)
+        patch.setattr(Agent, "end_task", end_task)
+        args = Args(**TINY, run_dir=str(run_dir))
+        results = ssde.main(args)
+    checkpoint = load_checkpoint(str(run_dir), "ssde")
+    agent = make_agent()
+    agent.load_state_dict(checkpoint["agent"])
+    return {"run_dir": run_dir, "results": results, "agent": agent, "obs": obs, "checkpoint": checkpoint} | watched
+
+
+def test_finished_policies_are_bit_identical_for_ever(finished_run):
+    assert len(finished_run["outputs"]) == 3
+    for task, (mean, std) in enumerate(finished_run["outputs"]):
+        with torch.no_grad():
+            now = finished_run["agent"].policy_of(task)(finished_run["obs"])
+        assert torch.equal(mean, now[0]) and torch.equal(std, now[1])
+    assert sum(map(sum, finished_run["results"]["metrics"]["resets"][1:])) > 0  # resets happened
+    assert finished_run["results"]["metrics"]["forgetting"] == 0
+
+
+def test_weights_outside_a_tasks_mask_are_bit_identical_across_it(finished_run):
+    shared = finished_run["agent"].shared
+    borders = [*finished_run["weights"], [*shared.weights, *shared.biases]]
+    for task, own in enumerate(shared.tasks):
+        for layer, (before, after) in enumerate(zip(borders[task], borders[task + 1], strict=True)):
+            mask = torch.zeros_like(before, dtype=torch.bool)
+            if before.ndim == 2:
+                mask[shared._block(own["neurons"], layer)] = ~own["frozen_weights"][layer]
+            else:
+                index = layer - len(shared.weights)
+                mask[own["neurons"][index]] = ~own["frozen_biases"][index]
+            assert torch.equal(before[~mask], after[~mask])
+            assert not torch.equal(before[mask], after[mask]) or not mask.any()
+
+
+def test_earlier_policies_explore_in_the_warm_up(monkeypatch):
+    agent = make_agent()
+    assert agent.task == -1
+    agent.begin_task(0)
+    assert agent.exploration_policy() is None
+    for task in (1, 2):
+        agent.end_task()
+        agent.begin_task(task)
+    sizes = {tuple(len(layer.weight) for layer in agent.exploration_policy().hidden) for _ in range(30)}
+    cut = {tuple(len(layer.weight) for layer in agent.shared.cut(task).hidden) for task in (0, 1)}
+    assert sizes == cut
+
+
+def test_dense_baselines(tmp_path):
+    """finetune goes on with the same weights, scratch draws new ones; both use the whole network."""
+    for method, same in (("finetune", True), ("scratch", False)):
+        agent = make_agent(method=method)
+        agent.begin_task(0)
+        agent.update()
+        trained = {name: p.detach().clone() for name, p in agent.policy.named_parameters()}
+        agent.end_task()
+        agent.begin_task(1)
+        assert [len(layer.weight) for layer in agent.policy.hidden] == [24, 24]
+        for name, parameter in agent.policy.named_parameters():
+            assert torch.equal(parameter, trained[name]) == (same or "bias" in name and not trained[name].any()), name
+        assert agent.distilled == agent.args.distill_steps
+        agent.update()
+        assert all(layer.plain for layer in (*agent.policy.hidden, agent.policy.mean))
+
+
+def test_continual_metrics_by_hand():
+    """Two tasks, two evaluations each; what was not evaluated counts 0."""
+    rows = [
+        {"global_step": 1, "phase": 0, "task_index": 0, "success": 0.2},
+        {"global_step": 2, "phase": 0, "task_index": 0, "success": 0.8},
+        {"global_step": 3, "phase": 1, "task_index": 0, "success": 0.8},
+        {"global_step": 3, "phase": 1, "task_index": 1, "success": 0.0},
+        {"global_step": 4, "phase": 1, "task_index": 0, "success": 0.4},
+        {"global_step": 4, "phase": 1, "task_index": 1, "success": 1.0},
+    ]
+    report = ssde.continual_metrics(rows, ["a", "b"], {"a": 0.0, "b": 0.25})
+    assert report["final_success"] == pytest.approx(0.7)
+    assert report["forgetting"] == pytest.approx((0.8 - 0.4 + 0) / 2)
+    assert report["success_at_phase_end"] == [0.8, 1.0]
+    assert report["auc"] == pytest.approx([0.5, 0.5])
+    assert report["forward_transfer_cw"] == pytest.approx((0.5 + (0.5 - 0.25) / 0.75) / 2)
+    assert report["performance_cw"] == pytest.approx(((0.2 + 0.8 + 0.8 + 0.4) / 4 + (0 + 0 + 0 + 1) / 4) / 2)
+    assert ssde.continual_metrics(rows, ["a", "b"], None)["forward_transfer_cw"] == "needs --reference"
+
+
+def test_critic_has_normalisation_on_every_hidden_layer():
+    kinds = [type(module).__name__ for module in Critic(5, 8, 2)]
+    assert kinds == ["Linear", "LayerNorm", "LeakyReLU"] * 2 + ["Linear"]
