@@ -311,7 +311,10 @@ def test_sensitivity_by_hand():
 
 
 class GoalEnv(gym.Env):
-    """The goal of an episode is drawn at its reset; the reward is the goal, success once on the third of five steps."""
+    """The goal of an episode is drawn at its reset and is the reward; success can come on the third step only.
+
+    The episode terminates on the fourth step if the goal is below one half, and is truncated on the fifth otherwise.
+    """
 
     observation_space = gym.spaces.Box(-1, 1, (2,), np.float64)
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
@@ -331,11 +334,13 @@ class GoalEnv(gym.Env):
 
     def step(self, action):
         self.steps += 1
+        assert self.steps <= 5, "stepped on after the end of the episode"
         if action[0] > 0:
             self.np_random.random()  # some episodes draw more random numbers than others
         hit = self.steps == 3 and abs(float(action[0]) - self.goals[-1]) < 0.5
         info = {"success": float(hit)} if self.reports_success else {}
-        return self._observation(), self.goals[-1], False, self.steps == 5, info
+        terminated = self.steps == 4 and self.goals[-1] < 0.5
+        return self._observation(), self.goals[-1], terminated, self.steps >= 5, info
 
 
 def test_evaluate_gives_means_over_episodes():
@@ -348,10 +353,11 @@ def test_evaluate_gives_means_over_episodes():
     result = evaluate(policy, env, episodes=8, seed=3)
     assert set(dtypes) == {(np.dtype(np.float32), (2,))}
     assert len(env.goals) == 8 and 0 < result["success"] < 1
+    lengths = [4 if goal < 0.5 else 5 for goal in env.goals]
     assert result == {
-        "episode_return": pytest.approx(5 * np.mean(env.goals)),
+        "episode_return": pytest.approx(np.dot(lengths, env.goals) / 8),
         "success": np.mean([goal < 0.5 for goal in env.goals]),
-        "length": 5.0,
+        "length": np.mean(lengths),
     }
     assert evaluate(policy, GoalEnv(reports_success=False), 2, 0)["success"] is None
     with pytest.raises(ValueError, match="episodes"):
