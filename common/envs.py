@@ -251,7 +251,10 @@ def _make_meta_world(
 
 
 class DMControlEnv(gym.Env):
-    """A task of dm_control's suite as a Gymnasium environment; observation entries are concatenated in their order."""
+    """A task of dm_control's suite as a Gymnasium environment; observation entries are concatenated in their order.
+
+    The two lqr tasks also draw their springs from ``seed`` when built, and ``reset(seed=...)`` keeps those.
+    """
 
     def __init__(self, domain: str, task: str, seed: int, limit_time: bool, render_mode: str | None):
         from dm_control import suite
