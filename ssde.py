@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,14 +40,17 @@ from sklearn.decomposition import sparse_encode
 from torch import Tensor, nn
 
 from common import metrics
-from common.envs import TASK_DESCRIPTIONS, get_rng_state, make_env, set_rng_state, task_sequence
+from common.envs import TASK_DESCRIPTIONS, get_rng_state, make_env, record_video, set_rng_state, task_sequence
 from common.recorder import (
     ArgumentError,
-    NotFiniteError,
     Recorder,
     finished_results,
     load_checkpoint,
+    random_state,
+    require,
     run,
+    select_device,
+    set_random_state,
     stored_args,
 )
 
@@ -312,8 +314,9 @@ def encode_tasks(sentences: list[str], encoder: str) -> np.ndarray:
 
 def load_encoder(encoder: str):
     """A SentenceTransformer: "bundled" (see `encode_tasks`), a folder, or a name of the Hugging Face hub."""
-    import transformers.utils.logging
-    from sentence_transformers import SentenceTransformer  # takes seconds: imported only when a text needs it
+    import huggingface_hub  # these imports take seconds: only when a text needs them
+    import transformers
+    from sentence_transformers import SentenceTransformer
 
     transformers.utils.logging.disable_progress_bar()
     source = encoder
@@ -325,11 +328,17 @@ def load_encoder(encoder: str):
         except ImportError:
             source = "sentence-transformers/all-MiniLM-L6-v2"
     try:
+        return SentenceTransformer(source, device="cpu", local_files_only=True)  # a folder, or cached
+    except Exception:  # many kinds, by what is missing
+        pass
+    try:
+        huggingface_hub.HfApi().model_info(source, timeout=10)  # without a network the download retries for minutes
         return SentenceTransformer(source, device="cpu")
-    except Exception as error:  # the hub client raises many kinds, by what is missing
-        advice = "give a folder, or use the bundled texts and --task-encoder bundled"
-        message = f"--task-encoder {encoder}: no model {source} here or on the hub ({type(error).__name__}); {advice}"
-        raise ArgumentError(message) from None
+    except Exception as error:
+        raise ArgumentError(
+            f"--task-encoder {encoder}: no model {source} here or on the hub ({type(error).__name__}); "
+            "give a folder, or built-in texts with --task-encoder bundled"
+        ) from None
 
 
 def random_dictionary(atoms: int, dimension: int, seed: tuple[int, ...]) -> np.ndarray:
@@ -428,7 +437,8 @@ class SharedPolicy:
             block = weight[self._block(own["neurons"], layer)]
             frozen = own["frozen_weights"][layer]
             layers.append(CoAllocatedLinear(block, bias, frozen, frozen_bias, own["beta"], own["gate"]))
-        log_std = nn.Linear(layers[-1].weight.shape[1], len(self.weights[-1]))
+        # uninitialised, as drawing weights would take random numbers away from the training
+        log_std = nn.utils.skip_init(nn.Linear, layers[-1].weight.shape[1], len(self.weights[-1]))
         log_std.load_state_dict(own["log_std"])
         return TaskPolicy(layers[:-1], layers[-1], log_std, bounded_mean).to(self.weights[0].device)
 
@@ -548,6 +558,10 @@ class ReplayBuffer:
         self.data["reward"][row] = reward
         self.added += 1
 
+    def clear(self) -> None:
+        """Forget all transitions."""
+        self.added = 0
+
     def sample(self, batch_size: int) -> dict[str, Tensor]:
         """Uniform draws with replacement."""
         rows = torch.randint(len(self), (batch_size,), device=self.data["reward"].device)
@@ -632,9 +646,12 @@ class Agent:
             self._begin_dense_task()
         self.resets.append([0] * args.hidden_layers)
         self.policy = self.shared.cut(self.task, args.bounded_mean)
-        self.distilled = 0 if args.method == "ssde" and task > 0 else args.distill_steps
-        self._draw_learners()
         self.initial = self.shared.cut(self.task, args.bounded_mean)
+        self._draw_learners()
+        self.distilled = 0
+        if args.method != "ssde" or task == 0 or args.distill_steps == 0:
+            self.distilled = args.distill_steps
+            self.replay.clear()
 
     def _begin_dense_task(self) -> None:
         """The baselines: all neurons, nothing frozen; finetune goes on, scratch draws new weights."""
@@ -678,6 +695,7 @@ class Agent:
         if self.distilled == self.args.distill_steps:
             self.initial.load_state_dict(self.policy.state_dict())
             self._new_policy_optimizer()
+            self.replay.clear()
         return loss.detach()
 
     def end_task(self) -> None:
@@ -807,36 +825,29 @@ class Agent:
 
 def check_args(args: Args) -> None:
     """Refuse impossible arguments before anything is built. Raises ArgumentError: argument, value, what is allowed."""
-
-    def require(name: str, condition: bool, allowed: str) -> None:
-        if not condition:
-            flag = "--" + name.replace("_", "-")
-            raise ArgumentError(f"{flag} {getattr(args, name)}: must be {allowed}")
-
+    choices = {
+        "method": ("ssde", "finetune", "scratch"),
+        "dormant_metric": ("sensitivity", "activation", "none"),
+        "reward_version": ("v1", "v2"),
+        "device": ("auto", "cpu", "cuda"),
+    }
+    for name, values in choices.items():
+        require(args, name, getattr(args, name) in values, "one of " + ", ".join(values))
     for name in ("steps_per_task", "eval_every", "eval_episodes", "episodes", "hidden_dim", "hidden_layers"):
-        require(name, getattr(args, name) >= 1, "at least 1")
+        require(args, name, getattr(args, name) >= 1, "at least 1")
     for name in ("critic_hidden_dim", "buffer_size", "batch_size", "reset_every", "torch_threads"):
-        require(name, getattr(args, name) >= 1, "at least 1")
+        require(args, name, getattr(args, name) >= 1, "at least 1")
     for name in ("checkpoint_every", "learning_starts", "reset_until", "distill_steps", "seed", "dormant_threshold"):
-        require(name, getattr(args, name) >= 0, "at least 0")
+        require(args, name, getattr(args, name) >= 0, "at least 0")
     for name in ("policy_lr", "q_lr", "lambda_global", "lambda_local", "lambda_local_end", "reward_scale"):
         value = getattr(args, name)
-        require(name, value is None or 0 < value < math.inf, "a positive number")
+        require(args, name, value is None or 0 < value < math.inf, "a positive number")
     for name in ("beta", "gamma", "tau"):
-        require(name, 0 <= getattr(args, name) <= 1, "between 0 and 1")
-    require("trainable_weight", args.trainable_weight is None or math.isfinite(args.trainable_weight), "finite")
-    for name, allowed in (
-        ("method", ("ssde", "finetune", "scratch")),
-        ("dormant_metric", ("sensitivity", "activation", "none")),
-        ("reward_version", ("v1", "v2")),
-        ("device", ("auto", "cpu", "cuda")),
-    ):
-        require(name, getattr(args, name) in allowed, "one of " + ", ".join(allowed))
-    require(
-        "learning_starts", args.learning_starts < args.steps_per_task, f"below --steps-per-task {args.steps_per_task}"
-    )
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+        require(args, name, 0 <= getattr(args, name) <= 1, "between 0 and 1")
+    finite = args.trainable_weight is None or math.isfinite(args.trainable_weight)
+    require(args, "trainable_weight", finite, "a finite number")
+    below = f"below --steps-per-task {args.steps_per_task}"
+    require(args, "learning_starts", args.learning_starts < args.steps_per_task, below)
 
 
 def task_sentences(tasks: list[str], file: str | None) -> list[str]:
@@ -878,13 +889,7 @@ def continual_metrics(rows: list[dict], tasks: list[str], reference: dict[str, f
     `final_success` and `forgetting` compare single evaluations on the same goals: at the end of a task's phase and at
     the end of the run. Continual World's P and F average five evaluations.
     """
-    steps = sorted({row["global_step"] for row in rows})
-    success = np.zeros((len(steps), len(tasks)))  # a task that was not evaluated counts 0
-    phases = np.zeros(len(steps), dtype=int)
-    for row in rows:
-        evaluation = steps.index(row["global_step"])
-        success[evaluation, row["task_index"]] = row["success"]
-        phases[evaluation] = row["phase"]
+    success, phases = metrics.success_matrix(rows, len(tasks))
     at_phase_end = np.array([success[phases == i][-1, i] for i in range(len(tasks))])
     report = {
         "final_success": success[-1].mean(),
@@ -908,10 +913,7 @@ def evaluate_task(agent: Agent, tasks: list[str], index: int, episodes: int, vid
     args, task = agent.args, tasks[index]
     env = make_env(task, seed=0, reward_version=args.reward_version, render_mode="rgb_array" if video else None)
     if video:
-        prefix = f"{index}-{task}"
-        env = gym.wrappers.RecordVideo(
-            env, str(video), episode_trigger=lambda n: n == 0, name_prefix=prefix, disable_logger=True
-        )
+        env = record_video(env, video / f"{index}-{task}")
     act = partial(agent.policy_of(index).act, deterministic=True)
     try:
         return metrics.evaluate(act, env, episodes, (args.seed, EVAL_GOALS, tasks.index(task)), stop)
@@ -926,7 +928,7 @@ def evaluate_run(args: Args) -> dict:
     tasks = task_sequence(stored.task_seq)
     agent = Agent(stored, np.zeros((len(tasks), 1)), *env_sizes(tasks[0]), torch.device("cpu"))
     agent.load_state_dict(checkpoint["agent"])
-    video = Path(args.evaluate) / "videos" if args.capture_video else None
+    video = Path(args.evaluate) / "videos" / "evaluate" if args.capture_video else None
     seen = {}
     print(f"{'task':<34}{'return':>12}{'success':>10}")
     for index in range(agent.task + 1):
@@ -958,12 +960,12 @@ def report_allocation(agent: Agent, recorder: Recorder, global_step: int) -> Non
     recorder.log(global_step + 1, scalars)  # the phase's first step: what ended the last one is at `global_step`
 
 
-def report_scores(agent: Agent, recorder: Recorder, global_step: int) -> None:
-    """Reset dormant neurons; log the histogram of the scores, the dormant share and the resets so far."""
-    for layer, scores in enumerate(agent.reset_dormant(), start=1):
-        recorder.writer.add_histogram(f"method/score/layer{layer}", scores, global_step)
-        share = (scores < agent.args.dormant_threshold).float().mean()
-        resets = agent.resets[-1][layer - 1]
+def report_scores(agent: Agent, scores: list[Tensor], recorder: Recorder, global_step: int) -> None:
+    """Log per hidden layer the histogram of the scores, the share of dormant neurons and the task's resets so far."""
+    for layer, (score, resets) in enumerate(zip(scores, agent.resets[-1], strict=True), start=1):
+        recorder.require_finite(f"score of hidden.{layer - 1}", score, global_step)
+        recorder.writer.add_histogram(f"method/score/layer{layer}", score, global_step)
+        share = (score < agent.args.dormant_threshold).float().mean()
         recorder.log(global_step, {f"method/dormant_share/layer{layer}": share, f"method/resets/layer{layer}": resets})
 
 
@@ -1001,44 +1003,35 @@ def main(args: Args) -> dict:
     reference = reference_auc(args.reference, args) if args.reference else None
     embeddings = encode_tasks(task_sentences(tasks, args.task_descriptions), args.task_encoder)
     reward_scale = args.reward_scale or {"v1": 1 / 200, "v2": 1.0}[args.reward_version]
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(automatic if args.device == "auto" else args.device)
+    device = select_device(args.device)
 
     torch.manual_seed(args.seed)
     agent = Agent(args, embeddings, *env_sizes(tasks[0]), device)
+    if checkpoint is None:
+        agent.begin_task(0)  # before there is a folder: a lambda that leaves no neuron is refused here
     label = args.task_seq.replace(",", "+") if len(args.task_seq) < 40 else f"{len(tasks)}tasks"
     total_steps = len(tasks) * args.steps_per_task
     recorder = Recorder(args, "ssde", f"ssde__{label}__{args.seed}", tasks, total_steps, checkpoint)
-    video = recorder.run_dir / "videos" if args.capture_video else None
-    # Where the run is. A phase is the training of one task, `step` counts its environment steps.
-    at = {"phase": 0, "step": 0, "next_eval": 0, "next_checkpoint": 0, "env": None}
+    # Where the run is: a phase is the training of one task, `step` counts its environment steps.
+    start = {"step": 0, "next_eval": args.eval_every, "next_checkpoint": args.checkpoint_every or math.inf, "env": None}
+    at = {"phase": 0} | start
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         at |= checkpoint["at"]
-        torch.set_rng_state(checkpoint["rng"]["torch"])
-        if device.type == "cuda" and "cuda" in checkpoint["rng"]:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
+        set_random_state(checkpoint["random"], device)
 
     def global_step() -> int:
         return at["phase"] * args.steps_per_task + at["step"]
 
-    def require_finite(name: str, value: np.ndarray) -> None:
-        if not np.isfinite(value).all():
-            recorder.close()
-            last_good = recorder.run_dir / "checkpoint.pt"
-            raise NotFiniteError(f"{name} is not finite at step {global_step()}; last good checkpoint: {last_good}")
-
     def save() -> None:
         """Checkpoint; only at an episode's end, where an environment's future is its random state."""
         for name, weight in agent.named_weights():
-            require_finite(name, weight.detach().cpu().numpy())
-        rng = {"torch": torch.get_rng_state()}
-        if device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(device)
-        recorder.save(global_step(), {"agent": agent.state_dict(), "rng": rng, "at": at})
+            recorder.require_finite(name, weight, global_step())
+        recorder.save(global_step(), {"agent": agent.state_dict(), "random": random_state(device), "at": at})
 
     def evaluate() -> bool:
         """Evaluate on the tasks seen so far; False if a signal came in between: then nothing is recorded."""
+        video = recorder.run_dir / "videos" / f"step-{global_step()}" if args.capture_video else None
         results = {}
         for index in range(len(tasks) if args.eval_all else at["phase"] + 1):
             results[index] = evaluate_task(agent, tasks, index, args.eval_episodes, video, lambda: recorder.stopped)
@@ -1057,7 +1050,7 @@ def main(args: Args) -> dict:
     for phase in range(at["phase"], len(tasks)):
         if agent.policy is None:
             agent.begin_task(phase)
-            at |= {"next_eval": args.eval_every, "next_checkpoint": args.checkpoint_every or math.inf}
+        if at["step"] == 0:
             report_allocation(agent, recorder, global_step())
         goals = int(np.random.SeedSequence((args.seed, TRAIN_GOALS, phase)).generate_state(1)[0])
         env = make_env(tasks[phase], seed=goals, reward_version=args.reward_version)
@@ -1067,7 +1060,7 @@ def main(args: Args) -> dict:
         while agent.distilled < args.distill_steps and not recorder.stopped:
             loss = agent.distill()
             if agent.distilled % LOG_EVERY == 0 or agent.distilled == args.distill_steps:
-                require_finite("distillation loss", loss.cpu().numpy())
+                recorder.require_finite("distillation loss", loss, global_step())
                 recorder.progress(global_step(), task=tasks[phase], distilled=agent.distilled)
 
         while True:  # once per episode
@@ -1089,7 +1082,7 @@ def main(args: Args) -> dict:
             truncated, episode_return, success = False, 0.0, 0.0
             while not truncated and at["step"] < args.steps_per_task:
                 action = agent.random_action() if actor is None else actor.act(obs)
-                require_finite("action", action)
+                recorder.require_finite("action", action, global_step())
                 next_obs, reward, _, truncated, info = env.step(action)
                 agent.replay.add(obs, next_obs, action, reward * reward_scale)
                 obs, episode_return, success = next_obs, episode_return + reward, max(success, info["success"])
@@ -1098,10 +1091,11 @@ def main(args: Args) -> dict:
                     continue
                 losses = agent.update()
                 if at["step"] % args.reset_every == 0 and at["step"] < args.reset_until and args.method == "ssde":
-                    report_scores(agent, recorder, global_step())
+                    scores = agent.reset_dormant()
+                    report_scores(agent, scores, recorder, global_step())
                 if at["step"] % LOG_EVERY == 0:
                     for name, value in losses.items():
-                        require_finite(f"losses/{name}", value.cpu().numpy())
+                        recorder.require_finite(f"losses/{name}", value, global_step())
                     recorder.log(global_step(), {f"losses/{name}": value for name, value in losses.items()})
                     speed = (global_step() - first_step) / (time.monotonic() - clock)
                     recorder.log(global_step(), {"charts/SPS": speed})
@@ -1110,7 +1104,7 @@ def main(args: Args) -> dict:
 
         env.close()
         agent.end_task()
-        at |= {"phase": phase + 1, "step": 0, "env": None}
+        at |= {"phase": phase + 1} | start
         save()
 
     report = continual_metrics(recorder.rows, tasks, reference) | allocation_metrics(agent)

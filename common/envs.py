@@ -12,6 +12,7 @@ import os
 import sys
 import types
 from collections.abc import Iterable
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -410,3 +411,9 @@ def set_rng_state(env: gym.Env, state: dict) -> None:
     else:
         env.unwrapped.np_random.bit_generator.state = state["env"]
     env.action_space.np_random.bit_generator.state = state["action_space"]
+
+
+def record_video(env: gym.Env, folder: Path) -> gym.Env:
+    """Write the first episode of `env`, made with render_mode="rgb_array", to a new `folder` as mp4."""
+    first = {"episode_trigger": lambda episode: episode == 0}
+    return gym.wrappers.RecordVideo(env, str(folder), name_prefix=folder.name, disable_logger=True, **first)

@@ -278,6 +278,21 @@ def evaluate(
 # Source: Wolczyk et al. 2021, Continual World, arXiv 2105.10919, and its code.
 
 
+def success_matrix(rows: list[dict], tasks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Success array and phase of each evaluation from the rows of evaluations.csv.
+
+    rows: dicts with numbers under global_step, phase, task_index and success.
+    -> S (evaluations, tasks), 0 where a task was not evaluated, and phases (evaluations,), in time order.
+    """
+    steps = sorted({row["global_step"] for row in rows})
+    success, phases = np.zeros((len(steps), tasks)), np.zeros(len(steps), dtype=int)
+    for row in rows:
+        evaluation = steps.index(row["global_step"])
+        success[evaluation, row["task_index"]] = row["success"]
+        phases[evaluation] = row["phase"]
+    return success, phases
+
+
 def performance_cw(success: np.ndarray, window: int = 5) -> tuple[float, np.ndarray]:
     """Final performance P = mean_i P_i, P_i = mean of S[e, i] over the last `window` evaluations of the run.
 

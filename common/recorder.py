@@ -2,14 +2,14 @@
 
 It knows no algorithm. A script calls
 
-    recorder = Recorder(args, script, run_name, tasks, total_steps)
+    recorder = Recorder(args, script, run_name, tasks, total_steps, checkpoint)
     recorder.log(global_step, {"losses/critic": 0.3})
-    recorder.evaluation(global_step, phase, task_index, result)
-    recorder.save(state)                       # and `stopped`: has a signal asked the run to end?
+    recorder.evaluation(global_step, phase, task_index, episodes, result)
+    recorder.save(global_step, state)          # and `stopped`: has a signal asked the run to end?
     recorder.finish(global_step, metrics, parameters)
 
 Whoever copies a method into another project replaces these five calls by their own logging and loses nothing.
-`parse_args` and `run` are the command line: presets, `--resume`, errors of one line, exit codes.
+`run` and `parse_args` are the command line: presets, `--resume`, errors of one line, exit codes.
 """
 
 import csv
@@ -25,6 +25,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
@@ -105,6 +106,19 @@ def run(main, cls: type, presets: dict[str, dict] | None = None) -> None:
         raise SystemExit(interrupt.exit_code) from None
 
 
+def require(args, name: str, condition: bool, allowed: str) -> None:
+    """Raise ArgumentError with the argument, its value and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise ArgumentError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {allowed}")
+
+
+def select_device(name: str) -> torch.device:
+    """auto, cpu or cuda -> the device; ArgumentError for cuda where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def load_checkpoint(run_dir: str, script: str) -> dict:
     """Read `run_dir`/checkpoint.pt on the CPU. Loads tensors and plain values only: a stranger's file runs no code."""
     path = Path(run_dir) / CHECKPOINT
@@ -117,6 +131,19 @@ def load_checkpoint(run_dir: str, script: str) -> dict:
     if not isinstance(checkpoint, dict) or checkpoint.get("script") != script:
         raise ArgumentError(f"{path}: not a checkpoint of {script}.py")
     return checkpoint
+
+
+def random_state(device: torch.device) -> dict:
+    """State of PyTorch's generators, for a checkpoint."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict, device: torch.device) -> None:
+    """Put PyTorch's generators where `random_state` found them."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 # ------------------------------------------------------------------------------------------------------ the record
@@ -143,7 +170,7 @@ class Recorder:
         self.rows: list[dict] = []
         self.dormant: dict[str, list] = {}
         self.previous_seconds, self.started, self.stop_signal = 0.0, time.monotonic(), None
-        first_step = 0
+        first_step, wandb = 0, import_wandb() if args.track else None
         if checkpoint is None:
             self.run_dir = self._create(run_name)
         else:
@@ -153,8 +180,9 @@ class Recorder:
             self.rows, self.dormant, self.previous_seconds = record["rows"], record["dormant"], record["seconds"]
             first_step = record["global_step"]
         self._write_rows()
-        if args.track:
-            _start_wandb(args, self.run_dir)
+        if wandb:
+            config = dataclasses.asdict(args)
+            wandb.init(project=args.wandb_project, name=self.run_dir.name, config=config, sync_tensorboard=True)
         # Whatever was logged after the checkpoint is logged again: purge it, or its points double.
         self.writer = SummaryWriter(str(self.run_dir), purge_step=None if checkpoint is None else first_step + 1)
         self.bar = tqdm(total=total_steps, initial=first_step, disable=args.quiet, unit="step", dynamic_ncols=True)
@@ -248,6 +276,14 @@ class Recorder:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.run_dir / CHECKPOINT)
+
+    def require_finite(self, name: str, value: np.ndarray | torch.Tensor, global_step: int) -> None:
+        """Raise NotFiniteError if `value` holds a NaN or infinity; the checkpoint on disk stays the last good one."""
+        value = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+        if not np.isfinite(value).all():
+            self.close()
+            last_good = self.run_dir / CHECKPOINT
+            raise NotFiniteError(f"{name} is not finite at step {global_step}; last good checkpoint: {last_good}")
 
     @property
     def seconds(self) -> float:
@@ -360,15 +396,10 @@ def git_commit() -> str | None:
         return None
 
 
-def _start_wandb(args, run_dir: Path) -> None:
+def import_wandb():
+    """The wandb module, which is not a requirement; ArgumentError with what to do where it is missing."""
     try:
         import wandb
     except ImportError:
         raise ArgumentError("--track: needs Weights & Biases: python -m pip install wandb") from None
-    wandb.init(
-        project=args.wandb_project,
-        name=run_dir.name,
-        config=dataclasses.asdict(args),
-        sync_tensorboard=True,
-        dir=str(run_dir),
-    )
+    return wandb

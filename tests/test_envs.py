@@ -424,3 +424,14 @@ def test_other_frames(env_id):
     frame = env.render()
     assert frame.shape == (480, 480, 3) and frame.dtype == np.uint8 and np.ptp(frame) > 50
     env.close()
+
+
+def test_record_video_writes_the_first_episode(tmp_path):
+    env = make_env("reach", seed=0, render_mode="rgb_array", max_episode_steps=3)
+    env = envs.record_video(env, tmp_path / "reach")
+    for _ in range(2):
+        env.reset()
+        while not env.step(np.zeros(4, np.float32))[3]:
+            pass
+    env.close()
+    assert [path.name for path in (tmp_path / "reach").iterdir()] == ["reach-episode-0.mp4"]

@@ -27,6 +27,7 @@ from common.metrics import (
     sensitivity,
     srank,
     stable_rank,
+    success_matrix,
     weight_norm,
 )
 
@@ -499,3 +500,13 @@ def test_continual_world_metrics_refuse_what_has_no_meaning():
     for reference in ([0.5], [0.5, 1.1], [0.5, NAN]):
         with pytest.raises(ValueError, match="reference"):
             forward_transfer_cw(SUCCESS, PHASE, reference)
+
+
+def test_success_matrix_puts_rows_in_time_order_and_zero_where_nothing_was_evaluated():
+    rows = [
+        {"global_step": 20, "phase": 1, "task_index": 1, "success": 0.5},
+        {"global_step": 10, "phase": 0, "task_index": 0, "success": 1.0},
+        {"global_step": 20, "phase": 1, "task_index": 0, "success": 0.25},
+    ]
+    success, phases = success_matrix(rows, 3)
+    assert success.tolist() == [[1.0, 0.0, 0.0], [0.25, 0.5, 0.0]] and phases.tolist() == [0, 1]

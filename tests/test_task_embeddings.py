@@ -7,10 +7,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from common.envs import TASK_DESCRIPTIONS  # noqa: E402
-from ssde import EMBEDDINGS, load_encoder  # noqa: E402
+from common.envs import TASK_DESCRIPTIONS
+from ssde import EMBEDDINGS, load_encoder
 
 
 def model_vectors() -> tuple[list[str], np.ndarray]:
