@@ -35,6 +35,8 @@ CHECKPOINT, CONFIG, EVALUATIONS, RESULTS = "checkpoint.pt", "config.json", "eval
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "metaworld", "dm-control", "scikit-learn")
 # Arguments that change what a run shows, never what it computes: free to differ on --resume.
 OUTPUT_ARGS = {"resume", "quiet", "track", "wandb_project", "capture_video", "checkpoint_every"}
+# Scalars `<group>/<net>/<name>` that the picture shows below the success, and the label of their axis.
+CURVES = {"dormant_ratio": "dormant ratio", "density": "density"}
 
 
 class ArgumentError(ValueError):
@@ -168,7 +170,7 @@ class Recorder:
     def __init__(self, args, script: str, run_name: str, tasks: list[str], total_steps: int, checkpoint=None):
         self.args, self.script, self.tasks = args, script, tasks
         self.rows: list[dict] = []
-        self.dormant: dict[str, list] = {}
+        self.curves: dict[str, dict[str, list]] = {name: {} for name in CURVES}  # name -> net -> [step, value]
         self.previous_seconds, self.started, self.stop_signal = 0.0, time.monotonic(), None
         first_step, wandb = 0, import_wandb() if args.track else None
         if checkpoint is None:
@@ -177,7 +179,7 @@ class Recorder:
             self.run_dir = Path(args.resume)
             refuse_contradictions(args, stored_args(args.resume, type(args)))
             record = checkpoint["record"]
-            self.rows, self.dormant, self.previous_seconds = record["rows"], record["dormant"], record["seconds"]
+            self.rows, self.curves, self.previous_seconds = record["rows"], record["curves"], record["seconds"]
             first_step = record["global_step"]
         self._write_rows()
         if wandb:
@@ -237,12 +239,13 @@ class Recorder:
         self.bar.update(global_step - self.bar.n)
 
     def log(self, global_step: int, scalars: dict) -> None:
-        """Write scalars (floats or 0-d tensors) to TensorBoard; dormant ratios are kept for the picture."""
+        """Write scalars (floats or 0-d tensors) to TensorBoard; those of `CURVES` are kept for the picture."""
         for name, value in scalars.items():
             value = float(value)
             self.writer.add_scalar(name, value, global_step)
-            if name.startswith("plasticity/") and name.endswith("/dormant_ratio"):
-                self.dormant.setdefault(name.split("/")[1], []).append([global_step, value])
+            *group, curve = name.split("/")
+            if curve in CURVES:
+                self.curves[curve].setdefault(group[-1], []).append([global_step, value])
 
     def evaluation(self, global_step: int, phase: int, task_index: int, episodes: int, result: dict) -> None:
         """Record what `common.metrics.evaluate` returned for one task."""
@@ -269,7 +272,7 @@ class Recorder:
 
     def save(self, global_step: int, state: dict) -> None:
         """Replace the checkpoint by `state` (plain values and tensors) at once: killed at any moment, one is whole."""
-        record = {"rows": self.rows, "dormant": self.dormant, "seconds": self.seconds, "global_step": global_step}
+        record = {"rows": self.rows, "curves": self.curves, "seconds": self.seconds, "global_step": global_step}
         temporary = self.run_dir / (CHECKPOINT + ".tmp")
         with open(temporary, "wb") as file:
             torch.save({"script": self.script, "record": record} | state, file)
@@ -311,7 +314,7 @@ class Recorder:
             "parameters": parameters,
         }
         self.close()
-        draw_summary(self.run_dir / "summary.png", self.rows, self.dormant, f"{self.script}: {self.run_dir.name}")
+        draw_summary(self.run_dir / "summary.png", self.rows, self.curves, f"{self.script}: {self.run_dir.name}")
         temporary = self.run_dir / (RESULTS + ".tmp")
         temporary.write_text(json.dumps(results, indent=2) + "\n")
         os.replace(temporary, self.run_dir / RESULTS)
@@ -357,20 +360,24 @@ def print_results(results: dict, run_dir) -> None:
     print(f"{results['global_step']} steps, {results['steps_per_second']:.1f} a second. The run: {run_dir}")
 
 
-def draw_summary(path: Path, rows: list[dict], dormant: dict[str, list], title: str) -> None:
-    """Draw success (or return) per task over training, phase borders as dotted lines, dormant ratios below."""
+def draw_summary(path: Path, rows: list[dict], curves: dict[str, dict[str, list]], title: str) -> None:
+    """Draw success (or return) per task over training, phase borders as dotted lines, dormant ratio and density below.
+
+    curves: points [step, value] by name in `CURVES` and network. Density has a panel where there is one.
+    """
     from matplotlib.figure import Figure  # slow to import, and needed once, at the end
 
     measure = "success" if any(row["success"] is not None for row in rows) else "episode_return"
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    shown = [name for name in CURVES if curves[name] or name == "dormant_ratio"]
+    figure = Figure(figsize=(9, 3.7 + 1.8 * len(shown)), layout="constrained")
+    upper, *lower = figure.subplots(1 + len(shown), 1, sharex=True, height_ratios=(2, *[1] * len(shown)))
     for index in sorted({row["task_index"] for row in rows}):
         points = [(row["global_step"], row[measure], row["task"]) for row in rows if row["task_index"] == index]
         steps, values, names = zip(*points, strict=True)
         upper.plot(steps, values, marker=".", label=f"{index} {names[0]}")
     phases = sorted({row["phase"] for row in rows})
     borders = [max(row["global_step"] for row in rows if row["phase"] == phase) for phase in phases[:-1]]
-    for axis in (upper, lower):
+    for axis in (upper, *lower):
         for border in borders:
             axis.axvline(border, color="grey", linestyle=":", linewidth=1)
         axis.grid(alpha=0.3)
@@ -379,11 +386,13 @@ def draw_summary(path: Path, rows: list[dict], dormant: dict[str, list], title: 
         upper.set_ylim(-0.03, 1.03)
     if rows:
         upper.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    for net, series in dormant.items():
-        lower.plot(*zip(*series, strict=True), label=net)
-    lower.set(ylabel="dormant ratio", xlabel="environment steps")
-    if dormant:
-        lower.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for name, axis in zip(shown, lower, strict=True):
+        for net, series in curves[name].items():
+            axis.plot(*zip(*series, strict=True), label=net)
+        axis.set(ylabel=CURVES[name])
+        if curves[name]:
+            axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    lower[-1].set(xlabel="environment steps")
     figure.savefig(path, dpi=120)
 
 

@@ -43,6 +43,7 @@ def test_a_run_leaves_every_file(tmp_path):
     recorder = new_recorder(tmp_path / "run")
     for step in (10, 20):
         recorder.log(step, {"plasticity/actor/dormant_ratio": torch.tensor(0.25), "losses/q": 1.0})
+        recorder.log(step, {"sparsity/critic/density": 0.5, "sparsity/critic/layer1": 0.5})
         recorder.evaluation(step, 0, 0, 5, RESULT)
     recorder.evaluation(20, 0, 1, 5, RESULT | {"success": 1.0})
     recorder.save(20, {"weights": torch.ones(3)})
@@ -57,6 +58,8 @@ def test_a_run_leaves_every_file(tmp_path):
     config = json.loads((run_dir / "config.json").read_text())
     assert config["args"]["lr"] == 0.1 and "torch" in config["versions"] and "git_commit" in config
     assert (run_dir / "summary.png").read_bytes().startswith(b"\x89PNG")
+    expected = {"dormant_ratio": {"actor": [[10, 0.25], [20, 0.25]]}, "density": {"critic": [[10, 0.5], [20, 0.5]]}}
+    assert recorder.curves == expected
     events = EventAccumulator(str(run_dir))
     events.Reload()
     assert [e.value for e in events.Scalars("eval/success/a")] == [0.5, 0.5]
