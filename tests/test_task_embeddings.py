@@ -1,4 +1,4 @@
-"""The shipped sentence vectors are the model's. `python tests/test_task_embeddings.py` computes and writes them anew."""
+"""The shipped sentence vectors are the model's. `python tests/test_task_embeddings.py` writes them anew."""
 
 import os
 import sys
