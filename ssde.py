@@ -666,11 +666,13 @@ class Agent:
         if self.args.method == "finetune" and len(previous) > 1:
             previous[-1]["log_std"] = previous[-2]["log_std"]
 
+    def _draw_critic(self) -> Critic:
+        return Critic(self.obs_dim + self.act_dim, self.args.critic_hidden_dim, self.args.hidden_layers)
+
     def _draw_learners(self) -> None:
         args = self.args
-        sizes = (self.obs_dim + self.act_dim, args.critic_hidden_dim, args.hidden_layers)
-        self.critics = nn.ModuleList(Critic(*sizes) for _ in range(2)).to(self.device)
-        self.targets = nn.ModuleList(Critic(*sizes) for _ in range(2)).to(self.device)
+        self.critics = nn.ModuleList(self._draw_critic() for _ in range(2)).to(self.device)
+        self.targets = nn.ModuleList(self._draw_critic() for _ in range(2)).to(self.device)
         self.targets.load_state_dict(self.critics.state_dict())
         self.log_alpha = torch.zeros((), device=self.device, requires_grad=True)
         self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, fused=True)
@@ -784,7 +786,7 @@ class Agent:
         return {
             "policy": sum(p.numel() for p in (*self.shared.weights, *self.shared.biases)),
             "task_policies": [sum(p.numel() for p in policy.parameters()) for policy in sub_networks],
-            "critic": sum(p.numel() for p in self.critics[0].parameters()),
+            "critic": sum(p.numel() for p in self._draw_critic().parameters()),
         }
 
     # ------------------------------------------------------------------------------------------------ checkpoints

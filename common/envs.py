@@ -111,6 +111,10 @@ TASK_SEQUENCES: dict[str, tuple[str, ...]] = {
     "cw3": ("push-back-v3", "shelf-place-v3", "stick-pull-v3"),
     "mt10": MT10,
     "mt50": MT50,
+    "window": ("window-open-v3", "window-close-v3"),
+    "drawer": ("drawer-open-v3", "drawer-close-v3"),
+    "button": ("button-press-topdown-v3", "button-press-topdown-wall-v3"),
+    "cycle4": ("window-open-v3", "window-close-v3", "drawer-open-v3", "drawer-close-v3"),
 }
 
 

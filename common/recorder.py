@@ -295,8 +295,11 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------ the results
 
-    def finish(self, global_step: int, metrics: dict, parameters: dict) -> dict:
-        """Write `results.json` and `summary.png`, print the table, return the results."""
+    def finish(self, global_step: int, metrics: dict, parameters: dict, draw_below=None) -> dict:
+        """Write `results.json` and `summary.png`, print the table, return the results.
+
+        draw_below: called with a matplotlib figure, it draws what only this script has, below the success curves.
+        """
         last = {row["task_index"]: row for row in self.rows}
         tasks = [
             {"index": i, "name": task, "final_return": last[i]["episode_return"], "final_success": last[i]["success"]}

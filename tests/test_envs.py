@@ -335,6 +335,10 @@ def test_names_are_the_benchmarks():
         "cw3": 3,
         "mt10": 10,
         "mt50": 50,
+        "window": 2,
+        "drawer": 2,
+        "button": 2,
+        "cycle4": 4,
     }
 
 

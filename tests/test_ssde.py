@@ -791,6 +791,13 @@ def test_resuming_a_finished_run_returns_its_result(finished_run):
     assert (finished_run["run_dir"] / "checkpoint.pt").read_bytes() == before
 
 
+def test_killed_before_its_results_were_written_a_run_still_ends(finished_run, tmp_path):
+    run_dir = shutil.copytree(finished_run["run_dir"], tmp_path / "run")
+    (run_dir / "results.json").unlink()
+    ssde.main(Args(**TINY, run_dir=str(finished_run["run_dir"]), resume=str(run_dir)))
+    assert_same_run(run_dir, finished_run["run_dir"])
+
+
 def test_evaluate_gives_the_last_evaluation_of_the_run(finished_run, capsys):
     """Same policies, same goals, same numbers; nothing in the folder changes."""
     run_dir = finished_run["run_dir"]
