@@ -994,7 +994,7 @@ def main(args: Args) -> dict:
     if args.evaluate:
         return evaluate_run(args)
     if args.resume:
-        finished = finished_results(args.resume, args.quiet)
+        finished = finished_results(args)
         if finished is not None:
             return finished
     checkpoint = load_checkpoint(args.resume, "ssde") if args.resume else None

@@ -340,14 +340,15 @@ def refuse_contradictions(args, stored: dict) -> None:
             raise ArgumentError(f"{flag} {value}: contradicts the resumed run, which has {stored[name]}")
 
 
-def finished_results(run_dir: str, quiet: bool = False) -> dict | None:
-    """The results of a run that has ended (printed), or None."""
-    path = Path(run_dir) / RESULTS
+def finished_results(args) -> dict | None:
+    """The results of the run `args.resume` if it has ended (printed), else None. Raises ArgumentError as `Recorder`."""
+    refuse_contradictions(args, stored_args(args.resume, type(args)))
+    path = Path(args.resume) / RESULTS
     if not path.is_file():
         return None
     results = json.loads(path.read_text())
-    if not quiet:
-        print_results(results, run_dir)
+    if not args.quiet:
+        print_results(results, args.resume)
     return results
 
 

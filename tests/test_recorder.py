@@ -1,6 +1,7 @@
 """A run's record: folder, files, resume rules, checkpoints that are always whole, signals, exit codes."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -208,11 +209,15 @@ def test_exit_codes_and_one_line(monkeypatch, capsys, error, code):
 
 def test_finished_results_are_printed_again(tmp_path, capsys):
     recorder = new_recorder(tmp_path / "run")
-    assert rec.finished_results(str(tmp_path / "run")) is None
+    args = Args(resume=str(tmp_path / "run"), run_dir=str(tmp_path / "run"))
+    assert rec.finished_results(args) is None
     recorder.evaluation(10, 0, 0, 5, RESULT)
     results = recorder.finish(10, {"final_success": 0.5}, {})
-    assert rec.finished_results(str(tmp_path / "run")) == results
+    assert rec.finished_results(args) == results and capsys.readouterr().out == ""
+    rec.finished_results(dataclasses.replace(args, quiet=False))
     assert "final_success" in capsys.readouterr().out
+    with pytest.raises(ArgumentError, match=r"--lr 0\.7.*0\.1"):
+        rec.finished_results(dataclasses.replace(args, lr=0.7))
 
 
 def test_wandb_is_needed_only_with_track(tmp_path, monkeypatch):
