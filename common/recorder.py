@@ -61,13 +61,14 @@ class Interrupted(Exception):
 def parse_args(cls: type, presets: dict[str, dict] | None = None, argv: list[str] | None = None):
     """Parse `argv` into the dataclass `cls` with tyro.
 
-    A preset (`presets["quick"]` for `--quick`) or the stored arguments of `--resume RUN_DIR` become the defaults,
-    so whatever else is typed wins over a preset and is compared with a stored run (by `Recorder`).
+    A preset (`presets["quick"]` for `--quick`, `presets["preset mrq"]` for `--preset mrq`) or the stored arguments of
+    `--resume RUN_DIR` become the defaults, so whatever else is typed wins over a preset and is compared with a stored
+    run (by `Recorder`).
     """
     argv = sys.argv[1:] if argv is None else argv
-    defaults = {}
+    defaults, typed = {}, [*argv, *map(" ".join, zip(argv, argv[1:], strict=False))]
     for name, values in (presets or {}).items():
-        if "--" + name in argv:
+        if "--" + name in typed or "--" + name.replace(" ", "=") in typed:
             defaults |= values
     for i, word in enumerate(argv):
         if word.startswith("--resume=") or (word == "--resume" and i + 1 < len(argv)):
@@ -317,7 +318,8 @@ class Recorder:
             "parameters": parameters,
         }
         self.close()
-        draw_summary(self.run_dir / "summary.png", self.rows, self.curves, f"{self.script}: {self.run_dir.name}")
+        title = f"{self.script}: {self.run_dir.name}"
+        draw_summary(self.run_dir / "summary.png", self.rows, self.curves, title, draw_below)
         temporary = self.run_dir / (RESULTS + ".tmp")
         temporary.write_text(json.dumps(results, indent=2) + "\n")
         os.replace(temporary, self.run_dir / RESULTS)
@@ -364,17 +366,22 @@ def print_results(results: dict, run_dir) -> None:
     print(f"{results['global_step']} steps, {results['steps_per_second']:.1f} a second. The run: {run_dir}")
 
 
-def draw_summary(path: Path, rows: list[dict], curves: dict[str, dict[str, list]], title: str) -> None:
+def draw_summary(path: Path, rows: list[dict], curves: dict[str, dict[str, list]], title: str, draw_below=None) -> None:
     """Draw success (or return) per task over training, phase borders as dotted lines, dormant ratio and density below.
 
     curves: points [step, value] by name in `CURVES` and network. Density has a panel where there is one.
+    draw_below: draws into a matplotlib figure below all that; None for nothing.
     """
     from matplotlib.figure import Figure  # slow to import, and needed once, at the end
 
     measure = "success" if any(row["success"] is not None for row in rows) else "episode_return"
     shown = [name for name in CURVES if curves[name] or name == "dormant_ratio"]
-    figure = Figure(figsize=(9, 3.7 + 1.8 * len(shown)), layout="constrained")
-    upper, *lower = figure.subplots(1 + len(shown), 1, sharex=True, height_ratios=(2, *[1] * len(shown)))
+    height, height_below = 3.7 + 1.8 * len(shown), 4.5
+    top = figure = Figure(figsize=(9, height + (height_below if draw_below else 0)), layout="constrained")
+    if draw_below:
+        top, below = figure.subfigures(2, 1, height_ratios=(height, height_below))
+        draw_below(below)
+    upper, *lower = top.subplots(1 + len(shown), 1, sharex=True, height_ratios=(2, *[1] * len(shown)))
     for index in sorted({row["task_index"] for row in rows}):
         points = [(row["global_step"], row[measure], row["task"]) for row in rows if row["task_index"] == index]
         steps, values, names = zip(*points, strict=True)
