@@ -87,7 +87,7 @@ class Args:
     seed: int = 1
     """seed of everything random"""
     quick: bool = False
-    """a first look: reach, drawer-close and button-press, small networks, 30 000 steps each; other arguments still win"""
+    """a first look: reach, drawer-close, button-press, small networks, 30 000 steps each; other arguments still win"""
     resume: str | None = None
     """go on with the run in this folder; its arguments are used"""
     evaluate: str | None = None
@@ -383,9 +383,8 @@ def prune(weights: list[Tensor], masks: list[Tensor], sparsity: float) -> list[T
 
     What is masked already stays so, whatever the sparsity: pruned weights never come back.
     """
-    scores = torch.cat(
-        [weight.abs().masked_fill(~mask, -1).flatten() for weight, mask in zip(weights, masks, strict=True)]
-    )
+    scores = [weight.abs().masked_fill(~mask, -1).flatten() for weight, mask in zip(weights, masks, strict=True)]
+    scores = torch.cat(scores)
     removed = max(round(sparsity * len(scores)), int((scores < 0).sum()))
     kept = torch.ones_like(scores, dtype=torch.bool)
     kept[scores.topk(removed, largest=False, sorted=False).indices] = False
@@ -611,16 +610,14 @@ class Agent:
         schedule = (self.total_updates, args.prune_start, args.prune_end, args.sparsity)
         sparsity = gmp_sparsity(self.updates, *schedule)
         for network, optimizer in self.sparse_networks():
-            # An expert's matrix counts as a layer of its own.
-            weights = [matrix for layer in network.layers for matrix in layer.weight]
-            masks = [matrix for layer in network.layers for matrix in layer.mask]
             if args.prune_scope == "global":
-                masks = prune(weights, masks, sparsity)
-            else:
-                masks = [prune([weight], [mask], sparsity)[0] for weight, mask in zip(weights, masks, strict=True)]
-            for i, layer in enumerate(network.layers):
-                experts = slice(i * network.experts, (i + 1) * network.experts)
-                apply_mask(layer, torch.stack(masks[experts]), optimizer)
+                weights = [layer.weight for layer in network.layers]
+                masks = prune(weights, [layer.mask for layer in network.layers], sparsity)
+            else:  # an expert's matrix counts as a layer of its own
+                pairs = [zip(layer.weight, layer.mask, strict=True) for layer in network.layers]
+                masks = [torch.stack([prune([w], [m], sparsity)[0] for w, m in pair]) for pair in pairs]
+            for layer, mask in zip(network.layers, masks, strict=True):
+                apply_mask(layer, mask, optimizer)
 
     def evolve(self) -> None:
         """A rewiring of SET in every layer."""
@@ -635,7 +632,7 @@ class Agent:
         args, report = self.args, {}
         if args.sparsify == "gmp" and self.updates % args.prune_every == 0:
             self.prune()
-            report |= self.sparsities()
+            report |= self.densities()
         if args.sparsify == "set" and self.updates % args.evolve_every == 0:
             self.evolve()
         if args.intervention == "redo" and self.updates % args.redo_every == 0:
@@ -654,15 +651,14 @@ class Agent:
             report["method/resets"] = self.resets
         return report
 
-    def sparsities(self) -> dict[str, float]:
-        """Share of missing connections, per network and per layer of its trunk."""
+    def densities(self) -> dict[str, float]:
+        """Share of connections that exist, per network and per layer of its trunk."""
         scalars = {}
         for name, network, _ in self.networks():
-            active = [int(layer.mask.sum()) for layer in network.layers]
-            sizes = [layer.mask.numel() for layer in network.layers]
-            scalars[f"sparsity/{name}"] = 1 - sum(active) / sum(sizes)
-            for i, (count, size) in enumerate(zip(active, sizes, strict=True), start=1):
-                scalars[f"sparsity/{name}/layer{i}"] = 1 - count / size
+            counts = [(int(layer.mask.sum()), layer.mask.numel()) for layer in network.layers]
+            active, sizes = map(sum, zip(*counts, strict=True))
+            scalars[f"sparsity/{name}/density"] = active / sizes
+            scalars |= {f"sparsity/{name}/layer{i}": n / size for i, (n, size) in enumerate(counts, start=1)}
         return scalars
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -711,7 +707,7 @@ class Agent:
     # ------------------------------------------------------------------------------------------------------- metrics
 
     def plasticity(self) -> dict[str, Tensor]:
-        """Plasticity metrics of actor and critics on replayed transitions. Takes no number from the training's stream."""
+        """Plasticity metrics of actor and critics on replayed transitions. Takes no random number from the training."""
         if len(self.replay) == 0:
             return {}
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -878,7 +874,7 @@ class WorkerEnvs:
         return tuple(np.concatenate(column) for column in zip(*results, strict=True))
 
     def rng_states(self) -> list[dict]:
-        return sum(self._call("rng_states", [()] * len(self.parts)), [])
+        return [state for states in self._call("rng_states", [()] * len(self.parts)) for state in states]
 
     def set_rng_states(self, states: list[dict]) -> None:
         self._call("set_rng_states", [(states[part],) for part in self.parts])
@@ -944,9 +940,8 @@ def check_args(args: Args) -> list[str]:
     for name in ("gamma", "tau", "zeta"):
         require(args, name, 0 <= getattr(args, name) <= 1, "between 0 and 1")
     require(args, "sparsity", 0 <= args.sparsity < 1, "at least 0 and below 1")
-    require(
-        args, "prune_start", 0 <= args.prune_start < args.prune_end, f"from 0 to below --prune-end {args.prune_end}"
-    )
+    below = f"at least 0 and below --prune-end {args.prune_end}"
+    require(args, "prune_start", 0 <= args.prune_start < args.prune_end, below)
     require(args, "prune_end", args.prune_end <= 1, "at most 1")
     require(args, "depth", args.arch == "shared" or args.depth >= 2, f"at least 2 with --arch {args.arch}")
     try:
@@ -1011,7 +1006,7 @@ def main(args: Args) -> dict:
     if args.evaluate:
         return evaluate_run(args)
     if args.resume:
-        finished = finished_results(args.resume, args.quiet)
+        finished = finished_results(args)
         if finished is not None:
             return finished
     checkpoint = load_checkpoint(args.resume, "sparse_mtrl_gmp_set") if args.resume else None
@@ -1024,7 +1019,12 @@ def main(args: Args) -> dict:
     run_name = f"sparse_mtrl_gmp_set__{label}__{args.seed}"
     recorder = Recorder(args, "sparse_mtrl_gmp_set", run_name, tasks, total_steps, checkpoint)
     # Where the run is; `step` counts the environment steps of all tasks.
-    at = {"step": 0, "next_eval": args.eval_every, "next_checkpoint": args.checkpoint_every or math.inf, "envs": None}
+    at = {
+        "step": 0,
+        "next_eval": min(args.eval_every, total_steps),
+        "next_checkpoint": args.checkpoint_every or math.inf,
+    }
+    at |= {"envs": None, "plasticity": {}}
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         at |= checkpoint["at"]
@@ -1042,22 +1042,24 @@ def main(args: Args) -> dict:
             recorder.require_finite(name, weight, at["step"])
         recorder.save(at["step"], {"agent": agent.state_dict(), "random": random_state(device), "at": at})
 
-    def evaluate() -> bool:
-        """Evaluate on all tasks; False if a signal came in between: then nothing is recorded."""
+    def evaluate() -> None:
+        """Evaluate on all tasks. If a signal comes in between, nothing is recorded and it is done again on resume."""
         video = recorder.run_dir / "videos" / f"step-{at['step']}" if args.capture_video else None
         results = []
         for index in range(len(tasks)):
             result = evaluate_task(agent.actor, args, tasks, index, args.eval_episodes, video, lambda: recorder.stopped)
             if result is None:
-                return False
+                return
             results.append(result)
         for index, result in enumerate(results):
             recorder.evaluation(at["step"], 0, index, args.eval_episodes, result)
         mean_success = float(np.mean([result["success"] for result in results]))
-        recorder.log(at["step"], {"eval/mean_success": mean_success} | agent.plasticity() | agent.sparsities())
+        at["plasticity"] = {name: float(value) for name, value in agent.plasticity().items()}
+        recorder.log(at["step"], {"eval/mean_success": mean_success} | at["plasticity"] | agent.densities())
+        following = (at["step"] // args.eval_every + 1) * args.eval_every
+        at["next_eval"] = min(following, total_steps) if at["step"] < total_steps else math.inf
         successes = "  ".join(f"{task} {result['success']:.2f}" for task, result in zip(tasks, results, strict=True))
         recorder.say(f"step {at['step']}: mean success {mean_success:.2f}: {successes}")
-        return True
 
     if checkpoint is None:
         at["envs"] = envs.rng_states()
@@ -1065,13 +1067,12 @@ def main(args: Args) -> dict:
     warm_up, first_step, clock = args.learning_starts // len(tasks), at["step"], time.monotonic()
     while True:  # once per episode
         at["envs"] = envs.rng_states()
-        ended = at["step"] == total_steps
-        if (ended or at["step"] >= at["next_eval"]) and evaluate():
-            at["next_eval"] = (at["step"] // args.eval_every + 1) * args.eval_every
+        if at["step"] >= at["next_eval"]:
+            evaluate()
         if recorder.stopped:
             save()
             recorder.leave()
-        if ended:
+        if at["step"] == total_steps:
             break
         if at["step"] >= at["next_checkpoint"]:
             at["next_checkpoint"] = at["step"] + args.checkpoint_every
@@ -1102,10 +1103,8 @@ def main(args: Args) -> dict:
     envs.close()
     save()
     report = {"final_success": float(np.mean([row["success"] for row in recorder.rows[-len(tasks) :]]))}
-    report |= {
-        name.replace("/", "_"): float(value) for name, value in agent.sparsities().items() if name.count("/") == 1
-    }
-    report |= {name.removeprefix("plasticity/"): float(value) for name, value in agent.plasticity().items()}
+    report |= {name: value for name, value in agent.densities().items() if name.endswith("density")}
+    report |= at["plasticity"]
     report |= {"updates": agent.updates, "recycled_units": agent.recycled, "head_resets": agent.resets}
     return recorder.finish(at["step"], report, agent.parameter_counts())
 
