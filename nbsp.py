@@ -635,6 +635,7 @@ def check_args(args: Args) -> None:
         require(args, name, 0 < getattr(args, name) < math.inf, "a positive number")
     for name in ("gamma", "tau", "skill_proportion", "mask_factor"):
         require(args, name, 0 <= getattr(args, name) <= 1, "between 0 and 1")
+    require(args, "seed", args.seed < 2**32, "below 2**32")
     require(args, "score_steps", args.score_steps >= 2, "at least 2")
     require(args, "buffer_size", args.buffer_size >= args.batch_size, f"at least --batch-size {args.batch_size}")
     below = f"below --steps-per-task {args.steps_per_task}"
@@ -676,9 +677,6 @@ def make_agent(args: Args, tasks: list[str], device: torch.device) -> Agent:
     """An agent for the tasks' observations and actions."""
     env = make_task(args, tasks, 0)
     env.close()
-    # A product with denormal weights can be a hundred times slower. After the first environment, as Gymnasium's import
-    # would warn that there are no denormals.
-    torch.set_flush_denormal(True)
     return Agent(args, env.observation_space.shape[0], env.action_space.shape[0], device)
 
 
@@ -841,6 +839,7 @@ def main(args: Args) -> dict:
     """Train on the cycles; returns what results.json holds. Raises ArgumentError, NotFiniteError, Interrupted."""
     check_args(args)
     torch.set_num_threads(args.torch_threads)
+    torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
     if args.evaluate:
         return evaluate_run(args)
     if args.resume:
@@ -857,8 +856,7 @@ def main(args: Args) -> dict:
     label = args.task_seq.replace(",", "+") if len(args.task_seq) < 40 else f"{len(tasks)}tasks"
     recorder = Recorder(args, "nbsp", f"nbsp__{label}__{args.seed}", tasks, phases * args.steps_per_task, checkpoint)
     # Where the run is: a phase is one visit to a task, `step` counts its environment steps.
-    first_eval = min(args.eval_every, args.steps_per_task)
-    start = {"step": 0, "next_eval": first_eval, "next_checkpoint": args.checkpoint_every or math.inf, "env": None}
+    start = {"step": 0, "next_eval": min(args.eval_every, args.steps_per_task), "env": None}
     at = {"phase": 0, "phase_steps": [], "ablations": []} | start
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -894,6 +892,7 @@ def main(args: Args) -> dict:
 
     if checkpoint is None:
         save()
+    save_every = args.checkpoint_every or math.inf
     first_step, clock = global_step(), time.monotonic()
     for phase in range(at["phase"], phases):
         task = phase % len(tasks)
@@ -902,21 +901,21 @@ def main(args: Args) -> dict:
         if at["env"] is not None:
             set_rng_state(env, at["env"])
         warm_up = args.learning_starts if phase < len(tasks) else 0
+        next_save = at["step"] + save_every
 
         while True:  # once per episode
             at["env"] = get_rng_state(env)
+            ended = at["step"] == args.steps_per_task
             if at["step"] >= at["next_eval"] and evaluate():
-                at["next_eval"] = (at["step"] // args.eval_every + 1) * args.eval_every
-                if at["step"] < args.steps_per_task:
-                    at["next_eval"] = min(at["next_eval"], args.steps_per_task)
+                following = (at["step"] // args.eval_every + 1) * args.eval_every
+                at["next_eval"] = math.inf if ended else min(following, args.steps_per_task)
             if recorder.stopped:
                 save()
                 recorder.leave()
-            ended = at["step"] == args.steps_per_task
             if ended or (args.stop_when_solved and solved(recorder.rows, phase, task)):
                 break
-            if at["step"] >= at["next_checkpoint"]:
-                at["next_checkpoint"] = at["step"] + args.checkpoint_every
+            if at["step"] >= next_save:
+                next_save = at["step"] + save_every
                 save()
 
             obs, _ = env.reset()
@@ -936,7 +935,9 @@ def main(args: Args) -> dict:
                     recorder.log(global_step(), {f"losses/{name}": value for name, value in agent.losses.items()})
                     speed = (global_step() - first_step) / (time.monotonic() - clock)
                     recorder.log(global_step(), {"charts/SPS": speed})
-            recorder.log(global_step(), {"charts/episodic_return": episode_return, "charts/episodic_success": success})
+            if truncated:  # the last episode of a visit may be cut short
+                episode = {"charts/episodic_return": episode_return, "charts/episodic_success": success}
+                recorder.log(global_step(), episode)
             recorder.progress(global_step(), task=tasks[task], ret=f"{episode_return:.0f}", success=success)
 
         env.close()
