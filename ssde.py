@@ -21,8 +21,10 @@ Where we differ from the authors' code, and why:
 3. Every task keeps its own log-std head. They share one, so the stochastic policies of their old tasks drift.
 4. A reset touches the dormant neurons' trainable weights and biases only. Theirs reverts every bias, the log-std head
    and layers without a dormant neuron.
-5. The action is tanh of an unbounded Gaussian. Theirs bounds the mean first, so |action| <= 0.76 (`--bounded-mean`).
-6. Meta-World v3 with v2 rewards and all-MiniLM-L6-v2 sentence vectors instead of v1 and L12 (both selectable).
+5. The action is tanh of an unbounded Gaussian. Theirs bounds the mean first, so the mean action stays within 0.76
+   (`--bounded-mean`).
+6. Meta-World v3 instead of v1, with v2 rewards (`--reward-version v1`); sentence vectors of all-MiniLM-L6-v2 instead of
+   L12 (`--task-encoder`).
 """
 
 import csv
@@ -56,6 +58,7 @@ from common.recorder import (
 
 LOG_EVERY = 1000  # environment steps between two points of the loss curves
 METRIC_BATCH = 1000  # recent observations on which sensitivity and plasticity are measured
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 DORMANT_TAU = 0.025  # of the logged dormant ratio, as in Sokar et al. 2023
 EMBEDDINGS = Path(__file__).parent / "common" / "task_embeddings.npz"
 # First words of numpy seed sequences: independent streams for dictionaries, training goals and evaluation goals.
@@ -200,25 +203,26 @@ class CoAllocatedLinear(nn.Module):
 
     Args:
         weight, bias: values (out, in) and (out,); bias None for none.
-        frozen_weight, frozen_bias: boolean, same shapes; True where an earlier task trained the entry.
-        beta, gate: factors of the frozen and of the trainable entries.
+        weight_is_frozen, bias_is_frozen: boolean, same shapes; True where an earlier task trained the entry.
+        beta, trainable_weight: factors of the frozen and of the trainable entries.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, frozen_weight, frozen_bias, beta: float, gate: float):
+    def __init__(self, weight, bias, weight_is_frozen, bias_is_frozen, beta: float, trainable_weight: float):
         super().__init__()
-        self.plain = gate == 1 and not frozen_weight.any() and (bias is None or not frozen_bias.any())
-        self.weight = nn.Parameter(weight.masked_fill(frozen_weight, 0))
-        self.register_buffer("weight_gate", gate * (~frozen_weight).float())
-        self.register_buffer("frozen_weight", beta * weight * frozen_weight)
+        frozen = weight_is_frozen.any() or (bias is not None and bias_is_frozen.any())
+        self.plain = trainable_weight == 1 and not frozen  # the first task and the dense methods: nothing to combine
+        self.weight = nn.Parameter(weight.masked_fill(weight_is_frozen, 0))
+        self.register_buffer("weight_gate", trainable_weight * (~weight_is_frozen).float())
+        self.register_buffer("frozen_weight", beta * weight * weight_is_frozen)
         if bias is None:
             self.bias = None
         else:
-            self.bias = nn.Parameter(bias.masked_fill(frozen_bias, 0))
-            self.register_buffer("bias_gate", gate * (~frozen_bias).float())
-            self.register_buffer("frozen_bias", beta * bias * frozen_bias)
+            self.bias = nn.Parameter(bias.masked_fill(bias_is_frozen, 0))
+            self.register_buffer("bias_gate", trainable_weight * (~bias_is_frozen).float())
+            self.register_buffer("frozen_bias", beta * bias * bias_is_frozen)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.plain:  # the first task and the dense methods: nothing to combine
+        if self.plain:
             return F.linear(x, self.weight, self.bias)
         weight = torch.addcmul(self.frozen_weight, self.weight, self.weight_gate)
         bias = None if self.bias is None else torch.addcmul(self.frozen_bias, self.bias, self.bias_gate)
@@ -240,19 +244,28 @@ class TaskPolicy(nn.Module):
     ):
         super().__init__()
         self.hidden = nn.ModuleList(hidden)
+        # as CoTASP's, where the normalisation runs over the active neurons: here these are all
         first = nn.Sequential(nn.LayerNorm(len(hidden[0].weight), eps=1e-6, elementwise_affine=False), nn.Tanh())
         self.activations = nn.ModuleList([first, *(nn.LeakyReLU() for _ in hidden[1:])])
         self.mean, self.log_std, self.bounded_mean = mean, log_std, bounded_mean
 
+    def layers(self, obs: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Linear output and activation of each hidden layer, (batch, width) both."""
+        outputs, x = [], obs
+        for layer, activation in zip(self.hidden, self.activations, strict=True):
+            y = layer(x)
+            x = activation(y)
+            outputs.append((y, x))
+        return outputs
+
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Observations (batch, obs_dim) -> mean and standard deviation before the squash, (batch, act_dim) each."""
-        x = obs
-        for layer, activation in zip(self.hidden, self.activations, strict=True):
-            x = activation(layer(x))
+        _, x = self.layers(obs)[-1]
         mean, raw = self.mean(x), self.log_std(x)
         if self.bounded_mean:
             return torch.tanh(mean), F.softplus(raw.clamp(-2, 2))
-        return mean, torch.exp(-5 + 3.5 * (torch.tanh(raw) + 1))  # log std in [-5, 2]
+        half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
+        return mean, torch.exp(LOG_STD_MIN + half_range * (torch.tanh(raw) + 1))
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Reparameterised actions (batch, act_dim) in (-1, 1) and their log-probabilities (batch,)."""
@@ -270,14 +283,6 @@ class TaskPolicy(nn.Module):
         obs = torch.from_numpy(obs).to(self.log_std.weight.device)[None]
         action = torch.tanh(self(obs)[0]) if deterministic else self.sample(obs)[0]
         return action[0].cpu().numpy()
-
-    def linear_outputs(self, obs: Tensor) -> list[Tensor]:
-        """The hidden layers' outputs before normalisation and activation, (batch, width) each."""
-        x, outputs = obs, []
-        for layer, activation in zip(self.hidden, self.activations, strict=True):
-            outputs.append(layer(x))
-            x = activation(outputs[-1])
-        return outputs
 
 
 class Critic(nn.Sequential):
@@ -385,10 +390,14 @@ class SharedPolicy:
     weights[l] (n_l, n_{l-1}), biases[l] (n_l,): the parameters.
     used_weights[l], used_biases[l]: accumulated masks Psi, True where some finished task uses the entry.
     tasks[k]: what belongs to task k: `neurons` (index per hidden layer), `frozen_weights` and `frozen_biases`
-        (of its sub-network), `gate` and `beta` (see CoAllocatedLinear), `log_std` (its own head).
+        (masks of its sub-network), `beta` and `trainable_weight` (see CoAllocatedLinear), and `log_std`, its own head,
+        which is never frozen and hence never scaled.
     """
 
-    def __init__(self, obs_dim: int, act_dim: int, width: int, layers: int, device: torch.device):
+    def __init__(
+        self, obs_dim: int, act_dim: int, width: int, layers: int, device: torch.device, bounded_mean: bool = False
+    ):
+        self.bounded_mean = bounded_mean
         sizes = [obs_dim, *[width] * layers]
         weights = [truncated_normal((width, inputs), 2.0) for inputs in sizes[:-1]]
         self.weights = [weight.to(device) for weight in (*weights, truncated_normal((act_dim, width), 1e-4))]
@@ -413,7 +422,7 @@ class SharedPolicy:
         """
         device = self.weights[0].device
         neurons = [mask.nonzero()[:, 0].to(device) for mask in masks]
-        head = truncated_normal(tuple(self.weights[-1].shape), 1e-4)[:, : len(neurons[-1])]
+        log_std = truncated_normal(tuple(self.weights[-1].shape), 1e-4)[:, : len(neurons[-1])]
         self.tasks.append(
             {
                 "neurons": neurons,
@@ -421,12 +430,12 @@ class SharedPolicy:
                 "frozen_biases": [used[rows] for used, rows in zip(self.used_biases, neurons, strict=True)],
                 "beta": beta,
                 # the first task has nothing frozen to be weighed against: it acts unscaled
-                "gate": trainable_weight if self.tasks else 1.0,
-                "log_std": {"weight": head.clone().to(device), "bias": torch.zeros(len(head), device=device)},
+                "trainable_weight": trainable_weight if self.tasks else 1.0,
+                "log_std": {"weight": log_std.clone().to(device), "bias": torch.zeros(len(log_std), device=device)},
             }
         )
 
-    def cut(self, task: int, bounded_mean: bool = False) -> TaskPolicy:
+    def cut(self, task: int) -> TaskPolicy:
         """The policy of `task` as a network of its own. For a finished task it is the same, bit by bit, for ever."""
         own = self.tasks[task]
         layers = []
@@ -436,11 +445,11 @@ class SharedPolicy:
             frozen_bias = own["frozen_biases"][layer] if hidden else None
             block = weight[self._block(own["neurons"], layer)]
             frozen = own["frozen_weights"][layer]
-            layers.append(CoAllocatedLinear(block, bias, frozen, frozen_bias, own["beta"], own["gate"]))
+            layers.append(CoAllocatedLinear(block, bias, frozen, frozen_bias, own["beta"], own["trainable_weight"]))
         # uninitialised, as drawing weights would take random numbers away from the training
         log_std = nn.utils.skip_init(nn.Linear, layers[-1].weight.shape[1], len(self.weights[-1]))
         log_std.load_state_dict(own["log_std"])
-        return TaskPolicy(layers[:-1], layers[-1], log_std, bounded_mean).to(self.weights[0].device)
+        return TaskPolicy(layers[:-1], layers[-1], log_std, self.bounded_mean).to(self.weights[0].device)
 
     @torch.no_grad()
     def write_back(self, task: int, policy: TaskPolicy) -> None:
@@ -466,13 +475,15 @@ class SharedPolicy:
         """Share of each layer's weights that finished tasks use (Psi), the mean head last."""
         return [used.float().mean().item() for used in self.used_weights]
 
+    STATE = ("weights", "biases", "used_weights", "used_biases", "tasks")
+
     def state_dict(self) -> dict:
-        return dict(vars(self))
+        return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state: dict) -> None:
         device = self.weights[0].device
-        for name, value in state.items():
-            setattr(self, name, _to(value, device))
+        for name in self.STATE:
+            setattr(self, name, _to(state[name], device))
 
 
 def _to(value, device: torch.device):
@@ -502,11 +513,10 @@ def neuron_scores(policy: TaskPolicy, obs: Tensor, metric: str) -> list[Tensor]:
     "activation" (ReDo, Sokar et al. 2023): mean |h|.
     """
     if metric == "activation":
-        features = [h.abs().mean(0) for h in metrics.hidden_features(policy, obs)]
+        features = [h.abs().mean(0) for _, h in policy.layers(obs)]
         return [h / h.mean().clamp_min(torch.finfo(h.dtype).tiny) for h in features]
-    perturbed = obs + 0.01 * obs.mean(0)
-    pairs = zip(policy.linear_outputs(obs), policy.linear_outputs(perturbed), strict=True)
-    return [metrics.sensitivity(y, y_perturbed) for y, y_perturbed in pairs]
+    pairs = zip(policy.layers(obs), policy.layers(obs + 0.01 * obs.mean(0)), strict=True)
+    return [metrics.sensitivity(y, y_perturbed) for (y, _), (y_perturbed, _) in pairs]
 
 
 @torch.no_grad()
@@ -604,7 +614,10 @@ def actor_loss(policy, critics, log_alpha: Tensor, obs: Tensor):
 
 
 def distillation_loss(policy, obs: Tensor) -> Tensor:
-    """KL(pi || N(0, 1)) before the squash: brings the exploration of an untrained policy back."""
+    """KL(pi || N(0, 1)) before the squash.
+
+    Frozen weights already decide a later task's first actions; this brings back the exploration of an untrained policy.
+    """
     mean, std = policy(obs)
     return (0.5 * (mean.square() + std.square() - 1) - std.log()).sum(-1).mean()
 
@@ -622,7 +635,8 @@ class Agent:
         self.resets: list[list[int]] = []  # per task: neurons reset so far in each hidden layer
 
     def _draw_shared_policy(self) -> SharedPolicy:
-        return SharedPolicy(self.obs_dim, self.act_dim, self.args.hidden_dim, self.args.hidden_layers, self.device)
+        sizes = (self.obs_dim, self.act_dim, self.args.hidden_dim, self.args.hidden_layers)
+        return SharedPolicy(*sizes, self.device, self.args.bounded_mean)
 
     @property
     def task(self) -> int:
@@ -640,31 +654,37 @@ class Agent:
             lambda_local = args.lambda_local + (end - args.lambda_local) * progress
             sparsity = (args.lambda_global, lambda_local)
             masks = task_neurons(self.embeddings[task], task, args.hidden_dim, args.hidden_layers, args.seed, *sparsity)
-            gate = 1 - args.beta if args.trainable_weight is None else args.trainable_weight
-            self.shared.allocate(masks, args.beta, gate)
+            trainable_weight = 1 - args.beta if args.trainable_weight is None else args.trainable_weight  # Eq. 7
+            self.shared.allocate(masks, args.beta, trainable_weight)
         else:
             self._begin_dense_task()
         self.resets.append([0] * args.hidden_layers)
-        self.policy = self.shared.cut(self.task, args.bounded_mean)
-        self.initial = self.shared.cut(self.task, args.bounded_mean)
+        self.policy = self.shared.cut(self.task)
+        self.initial = self.shared.cut(self.task)
         self._draw_learners()
         self.distilled = 0
         if args.method != "ssde" or task == 0 or args.distill_steps == 0:
-            self.distilled = args.distill_steps
-            self.replay.clear()
+            self._end_distillation()
+
+    def _end_distillation(self) -> None:
+        """What the policy is now, dormant neurons go back to. It meets its task with a fresh optimizer and buffer."""
+        self.distilled = self.args.distill_steps
+        self.initial.load_state_dict(self.policy.state_dict())
+        self._new_policy_optimizer()
+        self.replay.clear()
 
     def _begin_dense_task(self) -> None:
         """The baselines: all neurons, nothing frozen; finetune goes on, scratch draws new weights."""
-        previous = self.shared.tasks
+        tasks = self.shared.tasks
         if self.args.method == "scratch":
             self.shared = self._draw_shared_policy()
-            self.shared.tasks = previous
+            self.shared.tasks = tasks
         for used in (*self.shared.used_weights, *self.shared.used_biases):
             used.zero_()
         everything = [torch.ones(self.args.hidden_dim, dtype=torch.bool)] * self.args.hidden_layers
         self.shared.allocate(everything, beta=0.0, trainable_weight=1.0)
-        if self.args.method == "finetune" and len(previous) > 1:
-            previous[-1]["log_std"] = previous[-2]["log_std"]
+        if self.args.method == "finetune" and len(tasks) > 1:  # `tasks` has the new one by now
+            tasks[-1]["log_std"] = tasks[-2]["log_std"]
 
     def _draw_critic(self) -> Critic:
         return Critic(self.obs_dim + self.act_dim, self.args.critic_hidden_dim, self.args.hidden_layers)
@@ -695,9 +715,7 @@ class Agent:
         self.policy_optimizer.step()
         self.distilled += 1
         if self.distilled == self.args.distill_steps:
-            self.initial.load_state_dict(self.policy.state_dict())
-            self._new_policy_optimizer()
-            self.replay.clear()
+            self._end_distillation()
         return loss.detach()
 
     def end_task(self) -> None:
@@ -708,8 +726,8 @@ class Agent:
     def policy_of(self, task: int) -> TaskPolicy:
         """The policy to evaluate on `task`. A baseline has one only; so has a task that SSDE has not seen yet."""
         if self.args.method == "ssde" and task < self.task:
-            return self.shared.cut(task, self.args.bounded_mean)
-        return self.shared.cut(self.task, self.args.bounded_mean) if self.policy is None else self.policy
+            return self.shared.cut(task)
+        return self.shared.cut(self.task) if self.policy is None else self.policy
 
     def exploration_policy(self) -> TaskPolicy | None:
         """Who acts in a warm-up episode: a uniformly drawn earlier task's policy (ClonEx-SAC); None: random actions."""
@@ -727,29 +745,29 @@ class Agent:
 
     def update(self) -> dict[str, Tensor]:
         """One SAC update. Returns the losses as 0-d tensors; nothing here waits for the device."""
+        policy, critics, log_alpha = self.policy, self.critics, self.log_alpha
         batch = self.replay.sample(self.args.batch_size)
-        networks = (self.policy, self.critics)
 
-        q_loss, q_mean = self.critic_loss(*networks, self.targets, self.log_alpha, batch, self.args.gamma)
+        q_loss, q_mean = self.critic_loss(policy, critics, self.targets, log_alpha, batch, self.args.gamma)
         self.q_optimizer.zero_grad(set_to_none=True)
         q_loss.backward()
         self.q_optimizer.step()
 
-        policy_loss, log_prob = self.actor_loss(*networks, self.log_alpha, batch["obs"])
+        policy_loss, log_prob = self.actor_loss(policy, critics, log_alpha, batch["obs"])
         self.policy_optimizer.zero_grad(set_to_none=True)
         policy_loss.backward(inputs=self.policy_parameters)  # no gradients of the critics' weights
         self.policy_optimizer.step()
 
         # target entropy -|A|/2 (authors)
-        alpha_loss = -self.log_alpha.exp() * (log_prob - self.act_dim / 2)
+        alpha_loss = -log_alpha.exp() * (log_prob - self.act_dim / 2)
         self.alpha_optimizer.zero_grad(set_to_none=True)
         alpha_loss.backward()
         self.alpha_optimizer.step()
 
         with torch.no_grad():
-            for target, value in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
+            for target, value in zip(self.targets.parameters(), critics.parameters(), strict=True):
                 target.lerp_(value, self.args.tau)
-        losses = {"critic": q_loss, "actor": policy_loss, "q": q_mean, "alpha": self.log_alpha.exp()}
+        losses = {"critic": q_loss, "actor": policy_loss, "q": q_mean, "alpha": log_alpha.exp()}
         return {name: value.detach() for name, value in losses.items()} | {"entropy": -log_prob}
 
     def reset_dormant(self) -> list[Tensor]:
@@ -781,8 +799,8 @@ class Agent:
         return scalars
 
     def parameter_counts(self) -> dict[str, int | list[int]]:
-        """Sizes of the shared policy, of each task's share of it, and of one critic."""
-        sub_networks = [self.shared.cut(task) for task in range(len(self.shared.tasks))]
+        """Sizes of the shared policy, of each task's policy (with its own log-std head), and of one critic."""
+        sub_networks = (self.shared.cut(task) for task in range(len(self.shared.tasks)))
         return {
             "policy": sum(p.numel() for p in (*self.shared.weights, *self.shared.biases)),
             "task_policies": [sum(p.numel() for p in policy.parameters()) for policy in sub_networks],
@@ -794,7 +812,7 @@ class Agent:
     LEARNERS = ("policy", "initial", "critics", "targets", "policy_optimizer", "q_optimizer", "alpha_optimizer")
 
     def named_weights(self) -> list[tuple[str, Tensor]]:
-        """Everything that is learned now, by name."""
+        """What the current task learns, by name."""
         if self.policy is None:
             return []
         modules = {"policy": self.policy, "critics": self.critics, "targets": self.targets}
@@ -806,7 +824,7 @@ class Agent:
         state |= {"distilled": self.distilled, "resets": self.resets}
         if self.policy is not None:
             state["learners"] = {name: getattr(self, name).state_dict() for name in self.LEARNERS}
-            state["log_alpha"] = self.log_alpha.detach()
+            state["log_alpha"] = self.log_alpha.detach()  # a tensor, not a module
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -814,8 +832,8 @@ class Agent:
         self.replay.load_state_dict(state["replay"])
         self.distilled, self.resets = state["distilled"], state["resets"]
         if "learners" in state:
-            self.policy = self.shared.cut(self.task, self.args.bounded_mean)
-            self.initial = self.shared.cut(self.task, self.args.bounded_mean)
+            self.policy = self.shared.cut(self.task)
+            self.initial = self.shared.cut(self.task)
             self._draw_learners()
             for name in self.LEARNERS:
                 getattr(self, name).load_state_dict(state["learners"][name])
@@ -848,37 +866,41 @@ def check_args(args: Args) -> None:
         require(args, name, 0 <= getattr(args, name) <= 1, "between 0 and 1")
     finite = args.trainable_weight is None or math.isfinite(args.trainable_weight)
     require(args, "trainable_weight", finite, "a finite number")
+    require(args, "seed", args.seed < 2**32, "below 2**32")
     below = f"below --steps-per-task {args.steps_per_task}"
     require(args, "learning_starts", args.learning_starts < args.steps_per_task, below)
 
 
 def task_sentences(tasks: list[str], file: str | None) -> list[str]:
     """The description of each task; those in the JSON file {task: sentence} come first. Raises ArgumentError."""
-    own = {}
+    descriptions = dict(TASK_DESCRIPTIONS)
     if file is not None:
         try:
-            own = json.loads(Path(file).read_text())
-            own = {task_sequence(name)[0]: str(sentence) for name, sentence in own.items()}
+            for name, sentence in json.loads(Path(file).read_text()).items():
+                [task] = task_sequence(name)
+                descriptions[task] = str(sentence)
         except (OSError, ValueError, AttributeError) as error:
-            raise ArgumentError(f"--task-descriptions {file}: not a JSON file {{task: sentence}} ({error})") from None
-    return [own.get(task, TASK_DESCRIPTIONS[task]) for task in tasks]
+            raise ArgumentError(f"--task-descriptions {file}: need JSON {{task: sentence}} ({error})") from None
+    return [descriptions[task] for task in tasks]
 
 
 def reference_auc(run_dir: str, args: Args) -> dict[str, float]:
-    """Mean success of each task while a `--method scratch` run trained it: AUC^ref of forward transfer."""
+    """Mean success of each task while a finished `--method scratch` run trained it: AUC^ref of forward transfer."""
+    curves: dict[str, list[float]] = {}
     try:
         stored = json.loads((Path(run_dir) / "config.json").read_text())["args"]
         with open(Path(run_dir) / "evaluations.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["phase"] == row["task_index"]]
-        curves: dict[str, list[float]] = {}
-        for row in rows:
-            curves.setdefault(row["task"], []).append(float(row["success"]))
+            for row in csv.DictReader(file):
+                if row["phase"] == row["task_index"]:
+                    curves.setdefault(row["task"], []).append(float(row["success"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgumentError(f"--reference {run_dir}: no readable run here ({type(error).__name__})") from None
+    if stored.get("method") != "scratch" or not (Path(run_dir) / "results.json").is_file():
+        raise ArgumentError(f"--reference {run_dir}: must be a finished run of --method scratch")
     for name in ("steps_per_task", "eval_every", "reward_version"):
-        if stored.get(name) != getattr(args, name):
+        if stored[name] != getattr(args, name):
             flag = "--" + name.replace("_", "-")
-            raise ArgumentError(f"--reference {run_dir}: has {flag} {stored.get(name)}, this run {getattr(args, name)}")
+            raise ArgumentError(f"--reference {run_dir}: has {flag} {stored[name]}, this run {getattr(args, name)}")
     missing = sorted(set(task_sequence(args.task_seq)) - set(curves))
     if missing:
         raise ArgumentError(f"--reference {run_dir}: has no task {', '.join(missing)}")
@@ -891,7 +913,9 @@ def continual_metrics(rows: list[dict], tasks: list[str], reference: dict[str, f
     `final_success` and `forgetting` compare single evaluations on the same goals: at the end of a task's phase and at
     the end of the run. Continual World's P and F average five evaluations.
     """
-    success, phases = metrics.success_matrix(rows, len(tasks))
+    # with --eval-all there are rows of tasks that were not trained yet: they count 0 as well
+    seen = [row for row in rows if row["task_index"] <= row["phase"]]
+    success, phases = metrics.success_matrix(seen, len(tasks))
     at_phase_end = np.array([success[phases == i][-1, i] for i in range(len(tasks))])
     report = {
         "final_success": success[-1].mean(),
@@ -904,6 +928,8 @@ def continual_metrics(rows: list[dict], tasks: list[str], reference: dict[str, f
     }
     if reference is None:
         report["forward_transfer_cw"] = "needs --reference"
+    elif all(reference[task] == 1 for task in tasks):
+        report["forward_transfer_cw"] = "undefined: the reference is perfect"
     else:
         auc = np.array([reference[task] for task in tasks])
         report["forward_transfer_cw"] = metrics.forward_transfer_cw(success, phases, auc)[0]
@@ -911,8 +937,9 @@ def continual_metrics(rows: list[dict], tasks: list[str], reference: dict[str, f
 
 
 def evaluate_task(agent: Agent, tasks: list[str], index: int, episodes: int, video: Path | None, stop=None):
-    """Deterministic episodes of one task; its goals depend on the seed, the task and the episode number only."""
+    """Deterministic episodes of one task; goals depend on the seed, the task's place and the episode number only."""
     args, task = agent.args, tasks[index]
+    # every reset is seeded by `evaluate`: the seed here is of no use
     env = make_env(task, seed=0, reward_version=args.reward_version, render_mode="rgb_array" if video else None)
     if video:
         env = record_video(env, video / f"{index}-{task}")
@@ -923,12 +950,19 @@ def evaluate_task(agent: Agent, tasks: list[str], index: int, episodes: int, vid
         env.close()
 
 
+def env_sizes(task: str) -> tuple[int, int]:
+    """Observation and action dimension of a Meta-World task."""
+    env = make_env(task, seed=0)
+    env.close()
+    return env.observation_space.shape[0], env.action_space.shape[0]
+
+
 def evaluate_run(args: Args) -> dict:
     """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint on the tasks that it has seen, print the table."""
     stored = Args(**stored_args(args.evaluate, Args))
     checkpoint = load_checkpoint(args.evaluate, "ssde")
     tasks = task_sequence(stored.task_seq)
-    agent = Agent(stored, np.zeros((len(tasks), 1)), *env_sizes(tasks[0]), torch.device("cpu"))
+    agent = Agent(stored, checkpoint["embeddings"].numpy(), *env_sizes(tasks[0]), torch.device("cpu"))
     agent.load_state_dict(checkpoint["agent"])
     video = Path(args.evaluate) / "videos" / "evaluate" if args.capture_video else None
     seen = {}
@@ -937,13 +971,6 @@ def evaluate_run(args: Args) -> dict:
         seen[index] = result = evaluate_task(agent, tasks, index, args.episodes, video)
         print(f"{index:>2}  {tasks[index]:<30}{result['episode_return']:>12.1f}{result['success']:>10.2f}")
     return seen
-
-
-def env_sizes(task: str) -> tuple[int, int]:
-    """Observation and action dimension of a Meta-World task."""
-    env = make_env(task, seed=0)
-    env.close()
-    return env.observation_space.shape[0], env.action_space.shape[0]
 
 
 def report_allocation(agent: Agent, recorder: Recorder, global_step: int) -> None:
@@ -959,7 +986,18 @@ def report_allocation(agent: Agent, recorder: Recorder, global_step: int) -> Non
             recorder.say(f"warning: only {trainable[name]:.1%} of {name} is trainable; raise lambda or the width")
     scalars = {f"sparsity/trainable/{name}": share for name, share in trainable.items()}
     scalars |= {f"sparsity/used/{name}": share for name, share in used.items()}
-    recorder.log(global_step + 1, scalars)  # the phase's first step: what ended the last one is at `global_step`
+    # On resume TensorBoard keeps the points of the checkpoint's own step, and these are logged again: not at that step.
+    recorder.log(global_step + 1, scalars)
+
+
+def warn_of_what_never_happens(args: Args, recorder: Recorder) -> None:
+    """Budgets below the paper's need intervals scaled with them."""
+    end = min(args.reset_until, args.steps_per_task + 1)
+    first_reset = (args.learning_starts // args.reset_every + 1) * args.reset_every
+    if args.method == "ssde" and args.dormant_metric != "none" and first_reset >= end:
+        recorder.say(f"warning: no dormant reset in a task: --reset-every {args.reset_every} --reset-until {end}")
+    if args.eval_every > args.steps_per_task:
+        recorder.say(f"warning: evaluation at a task's end only: --eval-every {args.eval_every}")
 
 
 def report_scores(agent: Agent, scores: list[Tensor], recorder: Recorder, global_step: int) -> None:
@@ -1002,9 +1040,14 @@ def main(args: Args) -> dict:
         tasks = task_sequence(args.task_seq)
     except ValueError as error:
         raise ArgumentError(f"--task-seq {args.task_seq}: {error}") from None
-    reference = reference_auc(args.reference, args) if args.reference else None
-    embeddings = encode_tasks(task_sentences(tasks, args.task_descriptions), args.task_encoder)
-    reward_scale = args.reward_scale or {"v1": 1 / 200, "v2": 1.0}[args.reward_version]
+    if checkpoint:  # files that may have changed or gone since are not read again
+        embeddings, reference = checkpoint["embeddings"].numpy(), checkpoint["reference"]
+    else:
+        reference = reference_auc(args.reference, args) if args.reference else None
+        embeddings = encode_tasks(task_sentences(tasks, args.task_descriptions), args.task_encoder)
+    reward_scale = args.reward_scale
+    if reward_scale is None:
+        reward_scale = {"v1": 1 / 200, "v2": 1.0}[args.reward_version]
     device = select_device(args.device)
 
     torch.manual_seed(args.seed)
@@ -1015,7 +1058,7 @@ def main(args: Args) -> dict:
     total_steps = len(tasks) * args.steps_per_task
     recorder = Recorder(args, "ssde", f"ssde__{label}__{args.seed}", tasks, total_steps, checkpoint)
     # Where the run is: a phase is the training of one task, `step` counts its environment steps.
-    start = {"step": 0, "next_eval": args.eval_every, "next_checkpoint": args.checkpoint_every or math.inf, "env": None}
+    start = {"step": 0, "next_eval": min(args.eval_every, args.steps_per_task), "env": None}
     at = {"phase": 0} | start
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -1029,10 +1072,12 @@ def main(args: Args) -> dict:
         """Checkpoint; only at an episode's end, where an environment's future is its random state."""
         for name, weight in agent.named_weights():
             recorder.require_finite(name, weight, global_step())
-        recorder.save(global_step(), {"agent": agent.state_dict(), "random": random_state(device), "at": at})
+        state = {"agent": agent.state_dict(), "random": random_state(device), "at": at}
+        state |= {"embeddings": torch.from_numpy(embeddings), "reference": reference}
+        recorder.save(global_step(), state)
 
     def evaluate() -> bool:
-        """Evaluate on the tasks seen so far; False if a signal came in between: then nothing is recorded."""
+        """Evaluate on the tasks seen so far, or all. False if a signal came in between: then nothing is recorded."""
         video = recorder.run_dir / "videos" / f"step-{global_step()}" if args.capture_video else None
         results = {}
         for index in range(len(tasks) if args.eval_all else at["phase"] + 1):
@@ -1048,6 +1093,8 @@ def main(args: Args) -> dict:
 
     if checkpoint is None:
         save()
+        warn_of_what_never_happens(args, recorder)
+    save_every = args.checkpoint_every or math.inf
     first_step, clock = global_step(), time.monotonic()
     for phase in range(at["phase"], len(tasks)):
         if agent.policy is None:
@@ -1065,18 +1112,20 @@ def main(args: Args) -> dict:
                 recorder.require_finite("distillation loss", loss, global_step())
                 recorder.progress(global_step(), task=tasks[phase], distilled=agent.distilled)
 
+        next_save = at["step"] + save_every
         while True:  # once per episode
             at["env"] = get_rng_state(env)
             ended = at["step"] == args.steps_per_task
-            if (ended or at["step"] >= at["next_eval"]) and evaluate():
-                at["next_eval"] = (at["step"] // args.eval_every + 1) * args.eval_every
+            if at["step"] >= at["next_eval"] and evaluate():
+                following = (at["step"] // args.eval_every + 1) * args.eval_every
+                at["next_eval"] = math.inf if ended else min(following, args.steps_per_task)
             if recorder.stopped:
                 save()
                 recorder.leave()
             if ended:
                 break
-            if at["step"] >= at["next_checkpoint"]:
-                at["next_checkpoint"] = at["step"] + args.checkpoint_every
+            if at["step"] >= next_save:
+                next_save = at["step"] + save_every
                 save()
 
             obs, _ = env.reset()
@@ -1092,7 +1141,7 @@ def main(args: Args) -> dict:
                 if at["step"] <= args.learning_starts:
                     continue
                 losses = agent.update()
-                if at["step"] % args.reset_every == 0 and at["step"] < args.reset_until and args.method == "ssde":
+                if args.method == "ssde" and at["step"] % args.reset_every == 0 and at["step"] < args.reset_until:
                     scores = agent.reset_dormant()
                     report_scores(agent, scores, recorder, global_step())
                 if at["step"] % LOG_EVERY == 0:
@@ -1101,7 +1150,9 @@ def main(args: Args) -> dict:
                     recorder.log(global_step(), {f"losses/{name}": value for name, value in losses.items()})
                     speed = (global_step() - first_step) / (time.monotonic() - clock)
                     recorder.log(global_step(), {"charts/SPS": speed})
-            recorder.log(global_step(), {"charts/episodic_return": episode_return, "charts/episodic_success": success})
+            if truncated:  # a task's last episode may be cut short
+                episode = {"charts/episodic_return": episode_return, "charts/episodic_success": success}
+                recorder.log(global_step(), episode)
             recorder.progress(global_step(), task=tasks[phase], ret=f"{episode_return:.0f}", success=success)
 
         env.close()

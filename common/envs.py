@@ -24,6 +24,9 @@ if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get(
 
 import mujoco
 
+# NumPy measures its float types once. The scripts flush denormal numbers, and measured after that it would warn.
+np.finfo(np.float32), np.finfo(np.float64)
+
 # One sentence per task, in Meta-World's order (MT50). The texts of CW10 are Meta-World's own (arXiv 1910.10897,
 # appendix, without the randomised positions), as CoTASP and SSDE feed them to their sentence encoder; the others are
 # ours, in the same manner.

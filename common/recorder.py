@@ -15,6 +15,7 @@ Whoever copies a method into another project replaces these five calls by their 
 import csv
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import pickle
@@ -66,18 +67,14 @@ def parse_args(cls: type, presets: dict[str, dict] | None = None, argv: list[str
     run (by `Recorder`).
     """
     argv = sys.argv[1:] if argv is None else argv
-    defaults, typed = {}, [*argv, *map(" ".join, zip(argv, argv[1:], strict=False))]
+    defaults, typed = {}, [*argv, *map(" ".join, itertools.pairwise(argv))]
     for name, values in (presets or {}).items():
         if "--" + name in typed or "--" + name.replace(" ", "=") in typed:
             defaults |= values
     for i, word in enumerate(argv):
         if word.startswith("--resume=") or (word == "--resume" and i + 1 < len(argv)):
             defaults = stored_args(word.partition("=")[2] or argv[i + 1], cls)
-    try:
-        default = cls(**defaults)
-    except TypeError as error:
-        raise ArgumentError(f"--resume: the run was made by another script or version ({error})") from None
-    return tyro.cli(cls, default=default, args=argv)
+    return tyro.cli(cls, default=cls(**defaults), args=argv)
 
 
 def stored_args(run_dir: str, cls: type) -> dict:
@@ -107,6 +104,8 @@ def run(main, cls: type, presets: dict[str, dict] | None = None) -> None:
     except Interrupted as interrupt:
         print(interrupt, file=sys.stderr)
         raise SystemExit(interrupt.exit_code) from None
+    except KeyboardInterrupt:  # before there was a run to save, or the second Ctrl-C
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def require(args, name: str, condition: bool, allowed: str) -> None:
@@ -182,7 +181,7 @@ class Recorder:
             record = checkpoint["record"]
             self.rows, self.curves, self.previous_seconds = record["rows"], record["curves"], record["seconds"]
             first_step = record["global_step"]
-        self._write_rows()
+        self._write_rows(self.rows, "w")  # on resume without what came after the checkpoint
         if wandb:
             config = dataclasses.asdict(args)
             wandb.init(project=args.wandb_project, name=self.run_dir.name, config=config, sync_tensorboard=True)
@@ -194,11 +193,9 @@ class Recorder:
 
     def _create(self, run_name: str) -> Path:
         run_dir = Path(self.args.run_dir or Path("runs") / f"{run_name}__{time.strftime('%Y%m%d-%H%M%S')}")
-        if (run_dir / CONFIG).exists() or (run_dir / CHECKPOINT).exists():
+        if (run_dir / CHECKPOINT).exists():
             raise ArgumentError(f"--run-dir {run_dir}: holds a run already; go on with --resume {run_dir}")
-        versions = {"python": sys.version.split()[0]}
-        for package in PACKAGES:
-            versions[package] = importlib.metadata.version(package)
+        versions = {"python": sys.version.split()[0]} | {package: installed_version(package) for package in PACKAGES}
         config = {"args": dataclasses.asdict(self.args), "versions": versions, "git_commit": git_commit()}
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -217,7 +214,8 @@ class Recorder:
     def _on_signal(self, signum: int, frame) -> None:
         self.stop_signal = signum
         self._restore_handlers()  # a second signal ends the process at once
-        self.say(f"{signal.Signals(signum).name}: saving at the end of this episode (again to end at once)")
+        if not self.args.quiet:  # not by print, which the signal may have interrupted
+            os.write(2, b"\nsaving at the end of this episode (a second signal ends at once)\n")
 
     def _restore_handlers(self) -> None:
         for signum, handler in getattr(self, "handlers", {}).items():
@@ -237,7 +235,10 @@ class Recorder:
     def progress(self, global_step: int, **shown) -> None:
         """Move the progress bar to `global_step` and show `shown` beside it."""
         self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(global_step - self.bar.n)
+        if global_step > self.bar.n:
+            self.bar.update(global_step - self.bar.n)
+        else:  # work between two steps: the bar would show it at its next step only
+            self.bar.refresh()
 
     def log(self, global_step: int, scalars: dict) -> None:
         """Write scalars (floats or 0-d tensors) to TensorBoard; those of `CURVES` are kept for the picture."""
@@ -254,20 +255,20 @@ class Recorder:
         row = {"global_step": global_step, "phase": phase, "task_index": task_index, "task": task}
         row |= {"episodes": episodes, "episode_return": result["episode_return"], "success": result["success"]}
         self.rows.append(row | {"episode_length": result["length"]})
-        self._write_rows(self.rows[-1:])
+        self._write_rows(self.rows[-1:], "a")
         # A sequence may hold a task twice: its index tells the phases apart.
         label = f"{task_index}-{task}" if self.tasks.count(task) > 1 else task
         self.writer.add_scalar(f"eval/return/{label}", result["episode_return"], global_step)
         if result["success"] is not None:
             self.writer.add_scalar(f"eval/success/{label}", result["success"], global_step)
 
-    def _write_rows(self, new_rows: list[dict] | None = None) -> None:
+    def _write_rows(self, rows: list[dict], mode: str) -> None:
         names = ("global_step", "phase", "task_index", "task", "episodes", "episode_return", "success")
-        with open(self.run_dir / EVALUATIONS, "w" if new_rows is None else "a", newline="") as file:
+        with open(self.run_dir / EVALUATIONS, mode, newline="") as file:
             writer = csv.DictWriter(file, (*names, "episode_length"))
-            if new_rows is None:
+            if mode == "w":
                 writer.writeheader()
-            writer.writerows(self.rows if new_rows is None else new_rows)
+            writer.writerows(rows)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -282,7 +283,7 @@ class Recorder:
         os.replace(temporary, self.run_dir / CHECKPOINT)
 
     def require_finite(self, name: str, value: np.ndarray | torch.Tensor, global_step: int) -> None:
-        """Raise NotFiniteError if `value` holds a NaN or infinity; the checkpoint on disk stays the last good one."""
+        """Close and raise NotFiniteError if `value` has a NaN or infinity: the checkpoint on disk is the last good."""
         value = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
         if not np.isfinite(value).all():
             self.close()
@@ -372,7 +373,8 @@ def draw_summary(path: Path, rows: list[dict], curves: dict[str, dict[str, list]
     curves: points [step, value] by name in `CURVES` and network. Density has a panel where there is one.
     draw_below: draws into a matplotlib figure below all that; None for nothing.
     """
-    from matplotlib.figure import Figure  # slow to import, and needed once, at the end
+    import matplotlib  # slow to import, and needed once, at the end
+    from matplotlib.figure import Figure
 
     measure = "success" if any(row["success"] is not None for row in rows) else "episode_return"
     shown = [name for name in CURVES if curves[name] or name == "dormant_ratio"]
@@ -382,7 +384,10 @@ def draw_summary(path: Path, rows: list[dict], curves: dict[str, dict[str, list]
         top, below = figure.subfigures(2, 1, height_ratios=(height, height_below))
         draw_below(below)
     upper, *lower = top.subplots(1 + len(shown), 1, sharex=True, height_ratios=(2, *[1] * len(shown)))
-    for index in sorted({row["task_index"] for row in rows}):
+    indices = sorted({row["task_index"] for row in rows})
+    if len(indices) > 10:
+        upper.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
+    for index in indices:
         points = [(row["global_step"], row[measure], row["task"]) for row in rows if row["task_index"] == index]
         steps, values, names = zip(*points, strict=True)
         upper.plot(steps, values, marker=".", label=f"{index} {names[0]}")
@@ -405,6 +410,14 @@ def draw_summary(path: Path, rows: list[dict], curves: dict[str, dict[str, list]
             axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     lower[-1].set(xlabel="environment steps")
     figure.savefig(path, dpi=120)
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str | None:

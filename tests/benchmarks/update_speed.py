@@ -87,12 +87,14 @@ class FullSizeMasked(nn.Module):
         self.scales, self.bias_scales, self.units = [], [], []
         for layer, weight in enumerate(shared.weights):
             scale = torch.zeros_like(weight)
-            scale[shared._block(own["neurons"], layer)] = own["gate"]
+            scale[shared._block(own["neurons"], layer)] = own["trainable_weight"]
             self.scales.append(torch.where(shared.used_weights[layer] & (scale > 0), own["beta"], scale))
             if layer < len(widths):
                 units = torch.zeros(widths[layer], device=weight.device).index_fill(0, own["neurons"][layer], 1)
                 self.units.append(units)
-                self.bias_scales.append(torch.where(shared.used_biases[layer], own["beta"], own["gate"]) * units)
+                self.bias_scales.append(
+                    torch.where(shared.used_biases[layer], own["beta"], own["trainable_weight"]) * units
+                )
         self.act = functools.partial(ssde.TaskPolicy.act, self)
         self.sample = functools.partial(ssde.TaskPolicy.sample, self)
 
