@@ -640,6 +640,7 @@ def check_args(args: Args) -> None:
     require(args, "learning_rate", 0 < args.learning_rate < math.inf, "a positive number")
     for name in ("gamma", "tau", "topology_end", "prune_limit", "review_probability", "review_fraction"):
         require(args, name, 0 <= getattr(args, name) <= 1, "between 0 and 1")
+    require(args, "seed", args.seed < 2**32, "below 2**32")
     require(args, "initial_density", 0 < args.initial_density <= 1, "above 0 and at most 1")
     allowed = f"at least --initial-density {args.initial_density} and at most 1"
     require(args, "final_density", args.initial_density <= args.final_density <= 1, allowed)
@@ -712,6 +713,17 @@ def evaluate_run(args: Args) -> dict:
     return results
 
 
+def warn_of_what_never_happens(agent: Agent, recorder: Recorder) -> None:
+    """Budgets below the paper's need intervals scaled with them."""
+    args, end = agent.args, agent.end["critic"]
+    if args.method == "ne" and args.growth != "none" and args.topology_interval > end / 4:
+        recorder.say(
+            f"warning: growth ends after {end} updates: --topology-interval {args.topology_interval} is coarse"
+        )
+    if args.eval_every > args.steps_per_task:
+        recorder.say(f"warning: evaluation at a visit's end only: --eval-every {args.eval_every}")
+
+
 def final_metrics(agent: Agent, rows: list[dict], visits: list[str]) -> dict[str, float | list[float]]:
     """What results.json holds beside the tasks' returns."""
     own = [row for row in rows if row["task"] == visits[row["phase"]]]
@@ -729,10 +741,11 @@ def main(args: Args) -> dict:
     """Train; returns what results.json holds. Raises ArgumentError, NotFiniteError, Interrupted."""
     check_args(args)
     torch.set_num_threads(args.torch_threads)
+    torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
     if args.evaluate:
         return evaluate_run(args)
     if args.resume:
-        finished = finished_results(args.resume, args.quiet)
+        finished = finished_results(args)
         if finished is not None:
             return finished
     checkpoint = load_checkpoint(args.resume, "neuroplastic_expansion") if args.resume else None
@@ -742,13 +755,11 @@ def main(args: Args) -> dict:
 
     torch.manual_seed(args.seed)
     agent = new_agent(args, device)
-    # A product with denormal weights can be a hundred times slower. Not earlier: NumPy warns if it starts up like that.
-    torch.set_flush_denormal(True)
     label = (args.task_cycle or args.env_id).replace("/", "-").replace(",", "+")
     run_name = f"neuroplastic_expansion__{label}__{args.seed}"
     recorder = Recorder(args, "neuroplastic_expansion", run_name, tasks, len(visits) * args.steps_per_task, checkpoint)
     # Where the run is: a phase is one visit to a task, `step` counts its steps.
-    start = {"step": 0, "next_eval": args.eval_every, "next_checkpoint": args.checkpoint_every or math.inf, "env": None}
+    start = {"step": 0, "next_eval": min(args.eval_every, args.steps_per_task), "env": None}
     at = {"phase": 0} | start
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -782,6 +793,8 @@ def main(args: Args) -> dict:
     if checkpoint is None:
         save()
         recorder.log(0, agent.method_scalars())
+        warn_of_what_never_happens(agent, recorder)
+    save_every = args.checkpoint_every or math.inf
     first_step, clock = global_step(), time.monotonic()
     for phase in range(at["phase"], len(visits)):
         episodes = int(np.random.SeedSequence((args.seed, TRAIN_EPISODES, phase)).generate_state(1)[0])
@@ -792,18 +805,20 @@ def main(args: Args) -> dict:
         if at["env"] is not None:
             set_rng_state(env, at["env"])
 
+        next_save = at["step"] + save_every
         while True:  # once per episode
             at["env"] = get_rng_state(env)
             ended = at["step"] == args.steps_per_task
-            if (ended or at["step"] >= at["next_eval"]) and evaluate([*range(len(tasks))] if ended else [index]):
-                at["next_eval"] = (at["step"] // args.eval_every + 1) * args.eval_every
+            if at["step"] >= at["next_eval"] and evaluate([*range(len(tasks))] if ended else [index]):
+                following = (at["step"] // args.eval_every + 1) * args.eval_every
+                at["next_eval"] = math.inf if ended else min(following, args.steps_per_task)
             if recorder.stopped:
                 save()
                 recorder.leave()
             if ended:
                 break
-            if at["step"] >= at["next_checkpoint"]:
-                at["next_checkpoint"] = at["step"] + args.checkpoint_every
+            if at["step"] >= next_save:
+                next_save = at["step"] + save_every
                 save()
 
             obs = padded(env.reset()[0], agent.obs_dim)
@@ -827,7 +842,8 @@ def main(args: Args) -> dict:
                     recorder.log(global_step(), agent.method_scalars())
                     speed = (global_step() - first_step) / (time.monotonic() - clock)
                     recorder.log(global_step(), {"charts/SPS": speed})
-            recorder.log(global_step(), {"charts/episodic_return": episode_return})
+            if done:  # a visit's last episode may be cut short
+                recorder.log(global_step(), {"charts/episodic_return": episode_return})
             recorder.progress(global_step(), task=visits[phase], ret=f"{episode_return:.0f}")
 
         env.close()

@@ -545,8 +545,9 @@ def test_a_cycle_of_tasks_is_padded_and_visited_in_turn(tmp_path, monkeypatch):
         return true_random(agent)
 
     def sample(replay, *arguments):
-        batches.append(true_sample(replay, *arguments)["obs"])
-        return true_sample(replay, *arguments)
+        batch = true_sample(replay, *arguments)
+        batches.append(batch["obs"])
+        return batch
 
     monkeypatch.setattr(Agent, "random_action", random_action)
     monkeypatch.setattr(ReplayBuffer, "sample", sample)
@@ -558,9 +559,8 @@ def test_a_cycle_of_tasks_is_padded_and_visited_in_turn(tmp_path, monkeypatch):
     with open(tmp_path / "whole" / "evaluations.csv", newline="") as file:
         rows = [(int(r["global_step"]), int(r["phase"]), int(r["task_index"])) for r in csv.DictReader(file)]
     ends = [(300 * (phase + 1), phase, i) for phase in range(4) for i in range(2)]
-    assert [row for row in rows if row[0] % 300 == 0] == ends and all(
-        row[2] == row[1] % 2 for row in rows if row[0] % 300
-    )
+    between = [row for row in rows if row[0] % 300]
+    assert [row for row in rows if row[0] % 300 == 0] == ends and all(row[2] == row[1] % 2 for row in between)
 
     monkeypatch.undo()
     interrupt_at(monkeypatch, update=430)
