@@ -54,7 +54,7 @@ from common.recorder import (
 # MR.Q's constants (authors' code)
 ENCODER_HORIZON, Q_HORIZON = 5, 3  # steps of the latent unroll and of the return
 ZS_DIM, ZA_DIM, ZSA_DIM, HIDDEN_DIM = 512, 256, 512, 512
-ENCODER_BLOCKS, CRITIC_BLOCKS, ACTOR_BLOCKS = 2, 3, 2  # hidden blocks of z_s and z_sa each, of a critic, of the actor
+ZS_BLOCKS, ZSA_BLOCKS, CRITIC_BLOCKS, ACTOR_BLOCKS = 3, 2, 3, 2  # blocks before --depth-scale; z_s is its last block
 REWARD_BINS, REWARD_RANGE = 65, 10.0  # two-hot bins at symexp of 65 points in [-10, 10]
 REWARD_WEIGHT, DONE_WEIGHT = 0.1, 0.1  # in the encoder's loss, where the dynamics have weight 1
 PRIORITY_EXPONENT, MIN_PRIORITY = 0.4, 1.0
@@ -222,14 +222,14 @@ def init_weights(module: nn.Module) -> None:
 class Encoder(nn.Module):
     """State features z_s, state-action features z_sa, and a linear model of what comes next from z_sa (MR.Q)."""
 
-    def __init__(
-        self, obs_dim: int, act_dim: int, zs: int, za: int, zsa: int, width: int, blocks: int, block_type: int
-    ):
+    def __init__(self, obs_dim: int, act_dim: int, zs: int, za: int, zsa: int, width: int, depth: int, block_type: int):
         super().__init__()
-        # z_s ends in MR.Q's own kind of layer, whatever the type of the hidden ones
-        self.zs = nn.Sequential(*hidden_blocks(obs_dim, width, blocks, block_type), Block(width, zs, block_type=4))
+        zs_hidden = hidden_blocks(obs_dim, width, depth * ZS_BLOCKS - 1, block_type)
+        self.zs = nn.Sequential(*zs_hidden, Block(width, zs, block_type=4))  # z_s is normalised, whatever the type
         self.za = nn.Sequential(nn.Linear(act_dim, za), nn.ELU())
-        self.zsa_mlp = nn.Sequential(*hidden_blocks(zs + za, width, blocks, block_type), nn.Linear(width, zsa))
+        self.zsa_mlp = nn.Sequential(
+            *hidden_blocks(zs + za, width, depth * ZSA_BLOCKS, block_type), nn.Linear(width, zsa)
+        )
         self.model = nn.Linear(zsa, 1 + zs + REWARD_BINS)
         self.sizes = (1, zs, REWARD_BINS)
         # where the rewards' two-hot bins stand: symexp(x) = sign(x) (exp|x| - 1)
@@ -270,6 +270,17 @@ class Actor(nn.Sequential):
     def __init__(self, zs: int, act_dim: int, width: int, blocks: int, block_type: int):
         super().__init__(*hidden_blocks(zs, width, blocks, block_type), nn.Linear(width, act_dim))
         init_weights(self)
+
+
+def build_networks(args: Args, obs_dim: int, act_dim: int) -> dict[str, nn.Module]:
+    """Encoder, critic and actor at the asked width, depth and block types."""
+    zs, za, zsa, width = (max(1, round(args.width_scale * n)) for n in (ZS_DIM, ZA_DIM, ZSA_DIM, HIDDEN_DIM))
+    depth = args.depth_scale
+    return {
+        "encoder": Encoder(obs_dim, act_dim, zs, za, zsa, width, depth, args.encoder_type),
+        "critic": Critic(zsa, width, depth * CRITIC_BLOCKS, args.critic_type),
+        "actor": Actor(zs, act_dim, width, depth * ACTOR_BLOCKS, args.actor_type),
+    }
 
 
 # ----------------------------------------------------------------------------------------- the method: sparse training
@@ -495,7 +506,7 @@ class ReplayBuffer:
 
 
 def two_hot(x: Tensor, bins: Tensor) -> Tensor:
-    """Weights on the two neighbouring bins whose mean is x: (...) -> (..., bins). Values beyond the bins are clipped."""
+    """Weights on the two neighbouring bins whose mean is x: (...) -> (..., bins); clipped to the range of the bins."""
     x = x.clamp(bins[0], bins[-1])
     lower = (torch.searchsorted(bins, x, right=True) - 1).clamp_max(len(bins) - 2)
     weight = (x - bins[lower]) / (bins[lower + 1] - bins[lower])
@@ -574,12 +585,7 @@ class Agent:
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
         self.args, self.act_dim, self.device = args, act_dim, device
-        zs, za, zsa, width = (max(1, round(args.width_scale * n)) for n in (ZS_DIM, ZA_DIM, ZSA_DIM, HIDDEN_DIM))
-        depth = args.depth_scale
-        encoder = Encoder(obs_dim, act_dim, zs, za, zsa, width, depth * ENCODER_BLOCKS, args.encoder_type)
-        critic = Critic(zsa, width, depth * CRITIC_BLOCKS, args.critic_type)
-        actor = Actor(zs, act_dim, width, depth * ACTOR_BLOCKS, args.actor_type)
-        self.networks = {"encoder": encoder.to(device), "critic": critic.to(device), "actor": actor.to(device)}
+        self.networks = {name: module.to(device) for name, module in build_networks(args, obs_dim, act_dim).items()}
         self.optimizers, self.topologies = {}, {}
         for name, module in self.networks.items():
             rates = {"lr": getattr(args, f"{name}_lr"), "weight_decay": args.weight_decay}
@@ -827,7 +833,7 @@ def main(args: Args) -> dict:
     if args.evaluate:
         return evaluate_run(args)
     if args.resume:
-        finished = finished_results(args.resume, args.quiet)
+        finished = finished_results(args)
         if finished is not None:
             return finished
     checkpoint = load_checkpoint(args.resume, "mst_rigl") if args.resume else None
@@ -837,7 +843,8 @@ def main(args: Args) -> dict:
     agent = build_agent(args, device)
     run_name = f"mst_rigl__{args.env_id.replace('/', '-')}__{args.seed}"
     recorder = Recorder(args, "mst_rigl", run_name, [args.env_id], args.total_steps, checkpoint)
-    at = {"step": 0, "next_eval": args.eval_every, "next_checkpoint": args.checkpoint_every or math.inf, "env": None}
+    first_eval = min(args.eval_every, args.total_steps)
+    at = {"step": 0, "next_eval": first_eval, "next_checkpoint": args.checkpoint_every or math.inf, "env": None}
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         at |= checkpoint["at"]
@@ -876,8 +883,9 @@ def main(args: Args) -> dict:
     while True:  # once per episode
         at["env"] = get_rng_state(env)
         ended = at["step"] == args.total_steps
-        if (ended or at["step"] >= at["next_eval"]) and evaluate():
-            at["next_eval"] = (at["step"] // args.eval_every + 1) * args.eval_every
+        if at["step"] >= at["next_eval"] and evaluate():
+            next_eval = (at["step"] // args.eval_every + 1) * args.eval_every
+            at["next_eval"] = math.inf if ended else min(next_eval, args.total_steps)
         if recorder.stopped:
             save()
             recorder.leave()

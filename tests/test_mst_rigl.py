@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,20 @@ from mst_rigl import Actor, Agent, Args, Block, Critic, Encoder, ReplayBuffer, T
 
 ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 OBS_DIM, ACT_DIM = 5, 2
-MODULES = ("encoder", "critic", "actor")
+# A real task in seconds, with topology changes, terminations and evaluations.
+TINY = {
+    "env_id": "Hopper-v5",
+    "total_steps": 600,
+    "learning_starts": 100,
+    "eval_every": 200,
+    "eval_episodes": 2,
+    "buffer_size": 500,
+    "batch_size": 16,
+    "target_update": 50,
+    "width_scale": 1 / 32,
+    "rigl_interval": 40,
+    "quiet": True,
+}
 
 # ----------------------------------------------------------------------------- parity with the numbers of MR.Q's code
 
@@ -57,7 +72,7 @@ def tiny_mrq(authors: dict) -> tuple[dict, dict]:
     nets = []
     for suffix in ("", "_target"):
         latent = (hp["zs_dim"], hp["za_dim"], hp["zsa_dim"])
-        encoder = Encoder(OBS_DIM, ACT_DIM, *latent, hp["enc_hdim"], mst_rigl.ENCODER_BLOCKS, 4)
+        encoder = Encoder(OBS_DIM, ACT_DIM, *latent, hp["enc_hdim"], 1, 4)
         critic = Critic(hp["zsa_dim"], hp["value_hdim"], mst_rigl.CRITIC_BLOCKS, 4)
         actor = Actor(hp["zs_dim"], ACT_DIM, hp["policy_hdim"], mst_rigl.ACTOR_BLOCKS, 3)
         nets.append({"encoder": encoder, "critic": critic, "actor": actor})
@@ -91,7 +106,7 @@ def rl_batch(authors: dict) -> dict[str, torch.Tensor]:
     return plain | flat
 
 
-close = pytest.importorskip("functools").partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("terminates", [True, False])
@@ -148,7 +163,819 @@ def test_the_arguments_of_preset_mrq_are_the_authors(authors):
     assert (args.gamma, args.noise_clip, args.target_noise) == tuple(
         meta[name] for name in ("discount", "noise_clip", "target_policy_noise")
     )
-    assert (args.encoder_lr, args.critic_lr, args.actor_lr) == tuple(meta[f"{m}_lr"] for m in ("enc", "value", "policy"))
+    assert (args.encoder_lr, args.critic_lr, args.actor_lr) == tuple(
+        meta[f"{m}_lr"] for m in ("enc", "value", "policy")
+    )
     assert {args.weight_decay} == {meta[f"{module}_wd"] for module in ("enc", "value", "policy")}
     assert args.max_grad_norm == meta["value_grad_clip"]
     assert (args.batch_size, args.buffer_size, args.target_update, args.learning_starts) == (256, 10**6, 250, 10**4)
+
+
+# ------------------------------------------------------------------------------------------------ MR.Q by the letter
+
+
+@pytest.mark.parametrize("block_type", range(1, 7))
+def test_block_types(block_type):
+    torch.manual_seed(0)
+    for inputs in (7, 5):
+        block, x = Block(inputs, 7, block_type), torch.randn(4, inputs)
+        y = x @ block.linear.weight.T + block.linear.bias
+        if block_type >= 3:
+            y = (y - y.mean(1, keepdim=True)) / torch.sqrt(y.var(1, keepdim=True, unbiased=False) + 1e-5)
+        y = torch.where(y > 0, y, 0.0 if block_type in (1, 3, 5) else y.exp() - 1)
+        close(block(x), y + x if block_type >= 5 and inputs == 7 else y)
+        assert sum(p.numel() for p in block.parameters()) == 7 * inputs + 7
+
+
+def test_types_apply_to_hidden_layers_and_depth_to_their_number():
+    agent = make_agent(encoder_type=5, critic_type=1, actor_type=6, depth_scale=3)
+    encoder, critic, actor = agent.networks.values()
+    kinds = [type(block.activation).__name__ for block in encoder.zs]
+    assert kinds == ["ReLU"] * 8 + ["ELU"] and not encoder.zs[-1].residual and encoder.zs[1].residual
+    assert [type(layer).__name__ for layer in encoder.zsa_mlp] == ["Block"] * 6 + ["Linear"]
+    assert [type(layer).__name__ for layer in critic.twins[1]] == ["Block"] * 9 + ["Linear"]
+    assert [type(layer).__name__ for layer in actor] == ["Block"] * 6 + ["Linear"]
+    assert isinstance(encoder.za[1], torch.nn.ELU)
+
+
+def test_initial_weights_are_xavier_with_relu_gain_and_zero_biases():
+    torch.manual_seed(0)
+    layer = Actor(300, 4, 200, 1, 3)[0].linear
+    bound = math.sqrt(2) * math.sqrt(6 / (300 + 200))
+    assert 0.99 * bound < layer.weight.abs().max() <= bound and (layer.bias == 0).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(x=st.floats(-3e4, 3e4, width=32))
+def test_two_hot_is_a_distribution_on_two_neighbours_with_the_right_mean(x):
+    points = torch.linspace(-10, 10, 65)
+    bins = points.sign() * (points.abs().exp() - 1)
+    table = mst_rigl.two_hot(torch.tensor([[x]]), bins)[0, 0].double()
+    clipped = min(max(x, bins[0].item()), bins[-1].item())
+    assert table.sum() == pytest.approx(1) and (table >= 0).all()
+    assert (table * bins).sum().item() == pytest.approx(clipped, rel=1e-4, abs=1e-5)
+    where = table.nonzero()[:, 0].tolist()
+    assert len(where) <= 2 and where[-1] - where[0] <= 1
+
+
+def test_encoder_loss_equals_a_loop_over_samples_and_steps():
+    torch.manual_seed(1)
+    sizes = (OBS_DIM, ACT_DIM, 6, 4, 7, 8, 1, 6)
+    encoder, target, batch, steps = Encoder(*sizes), Encoder(*sizes), 9, mst_rigl.ENCODER_HORIZON
+    data = {"obs": torch.randn(batch, steps + 1, OBS_DIM), "action": torch.rand(batch, steps, ACT_DIM) * 2 - 1}
+    data |= {"reward": torch.randn(batch, steps) * 5, "not_done": (torch.rand(batch, steps) < 0.7).float()}
+    expected = {"dynamics": 0.0, "reward": 0.0, "done": 0.0}
+    for n in range(batch):
+        zs = encoder.zs(data["obs"][n, :1])
+        for step in range(steps):
+            out = encoder.model(encoder.zsa_mlp(torch.cat([zs, encoder.za(data["action"][n, step][None])], 1)))
+            done, zs, logits = out[:, :1], out[:, 1:7], out[:, 7:]
+            code = mst_rigl.two_hot(data["reward"][n, step], encoder.bins)
+            expected["dynamics"] += F.mse_loss(zs, target.zs(data["obs"][n, step + 1][None])) / batch
+            expected["reward"] -= (code * torch.log_softmax(logits[0], 0)).sum() / batch
+            expected["done"] += (done[0, 0] - (1 - data["not_done"][n, step])) ** 2 / batch
+            if data["not_done"][n, step] == 0:
+                break
+    loss, *parts = mst_rigl.encoder_loss(encoder, target, data, terminates=True)
+    for part, name in zip(parts, expected, strict=True):
+        close(part, expected[name])
+    close(loss, expected["dynamics"] + 0.1 * expected["reward"] + 0.1 * expected["done"])
+    loss.backward()
+    for parameter in encoder.parameters():
+        assert parameter.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in target.parameters())
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), gamma=st.floats(0.1, 1))
+def test_return_counts_a_terminal_reward_and_nothing_after_it(seed, gamma):
+    rng = np.random.default_rng(seed)
+    reward, not_done = rng.standard_normal((4, 3)).astype(np.float32), rng.integers(0, 2, (4, 3)).astype(np.float32)
+    total, alive = mst_rigl.multi_step_return(torch.from_numpy(reward), torch.from_numpy(not_done), gamma)
+    for n in range(4):
+        expected, going_on = 0.0, True
+        for t in range(3):
+            if going_on:
+                expected += gamma**t * reward[n, t]
+            going_on = going_on and not_done[n, t] == 1
+        assert total[n, 0].item() == pytest.approx(expected, rel=1e-4, abs=1e-5) and alive[n, 0] == going_on
+
+
+def test_td_target_bootstraps_from_the_smaller_target_where_nothing_terminated():
+    torch.manual_seed(2)
+    agent = make_agent()
+    batch = {"obs": torch.randn(8, OBS_DIM), "next_obs": torch.randn(8, OBS_DIM), "action": torch.zeros(8, ACT_DIM)}
+    batch |= {"reward": torch.randn(8, 3), "not_done": (torch.rand(8, 3) < 0.85).float()}
+    scales = (torch.tensor(2.0), torch.tensor(5.0))
+    y = mst_rigl.td_target(agent.targets, batch, 0.9, (0.0, 0.3), scales)
+    encoder, critic, actor = agent.targets.values()
+    reward, not_done = mst_rigl.multi_step_return(batch["reward"], batch["not_done"], 0.9)
+    zs = encoder.zs(batch["next_obs"])
+    q = critic(encoder.zsa(zs, torch.tanh(actor(zs)))).min(1).values[:, None]
+    close(y, (reward + not_done * 0.9**3 * q * 5) / 2)
+    assert 0 < not_done.sum() < 8 and not y.requires_grad
+
+
+def test_target_noise_is_clipped_and_so_is_the_action(monkeypatch):
+    seen = []
+    agent = make_agent()
+    monkeypatch.setattr(agent.targets["encoder"], "zsa", lambda zs, action: seen.append(action) or torch.zeros(6, 16))
+    with torch.no_grad():
+        agent.targets["actor"][-1].bias.copy_(torch.tensor([0.0, 10.0]))
+        agent.targets["actor"][-1].weight.zero_()
+    noise = torch.tensor([-5.0, -1.0, -0.5, 0.5, 1.0, 5.0])[:, None].expand(6, 2)
+    monkeypatch.setattr(torch, "randn_like", lambda _: noise)
+    batch = {"next_obs": torch.zeros(6, OBS_DIM), "action": torch.zeros(6, ACT_DIM)}
+    batch |= {"reward": torch.zeros(6, 3), "not_done": torch.ones(6, 3)}
+    mst_rigl.td_target(agent.targets, batch, 0.9, (0.2, 0.3), agent.scales)
+    assert seen[0][:, 0].tolist() == pytest.approx([-0.3, -0.2, -0.1, 0.1, 0.2, 0.3])
+    assert seen[0][:, 1].tolist() == pytest.approx([0.7, 0.8, 0.9, 1, 1, 1])
+
+
+def make_agent(obs_dim: int = OBS_DIM, act_dim: int = ACT_DIM, **changes) -> Agent:
+    torch.manual_seed(0)
+    return Agent(Args(**(TINY | changes)), obs_dim, act_dim, CPU)
+
+
+def filled_agent(steps: int = 200, **changes) -> Agent:
+    """An agent with random transitions, some of which terminate."""
+    agent, rng = make_agent(**changes), np.random.default_rng(0)
+    for step in range(steps):
+        obs, next_obs = rng.standard_normal((2, OBS_DIM)).astype(np.float32)
+        action = rng.uniform(-1, 1, ACT_DIM).astype(np.float32)
+        agent.replay.add(obs, action, rng.standard_normal(), next_obs, step % 20 == 7, step % 20 == 19)
+    return agent
+
+
+def test_the_actors_loss_computes_no_gradients_of_encoder_and_critic():
+    agent = filled_agent()
+    agent.copy_targets()
+    true_step, seen = agent._step, {}
+
+    def step(name, loss, *clip):
+        before = [p.grad for p in agent.networks["critic"].parameters()]
+        true_step(name, loss, *clip)
+        if name == "actor":
+            after = [p.grad for p in agent.networks["critic"].parameters()]
+            seen["critic untouched"] = all(a is b for a, b in zip(before, after, strict=True))
+
+    agent._step = step
+    agent.update_critic_and_actor(agent.replay.sample_rows(16))
+    assert seen["critic untouched"]
+    assert all(parameter.grad is None for parameter in agent.networks["encoder"].parameters())
+    assert all(parameter.grad is not None for parameter in agent.networks["actor"].parameters())
+
+
+def test_targets_are_copied_first_and_then_the_encoder_is_trained_as_often():
+    agent, calls = filled_agent(), []
+    true_copy, true_encoder = agent.copy_targets, agent.update_encoder
+    agent.copy_targets = lambda: (calls.append("copy"), true_copy())
+    agent.update_encoder = lambda rows: (calls.append("encoder"), true_encoder(rows))
+    before = {name: p.clone() for name, p in agent.networks["encoder"].state_dict().items()}
+    period = agent.args.target_update
+    for _ in range(period + 1):
+        agent.update()
+        if len(calls) == period + 1:  # the first cycle: copied before the encoder moved
+            target = agent.targets["encoder"].state_dict()
+            assert all(torch.equal(target[name], value) for name, value in before.items())
+    assert calls == 2 * (["copy"] + ["encoder"] * period)
+    assert agent.updates == agent.topologies["critic"].updates == period + 1
+    assert agent.scales[0].item() != 1
+
+
+def test_reward_scale_is_the_mean_of_the_steps_and_the_old_one_stays_with_the_targets():
+    agent = make_agent()
+    for step, reward in enumerate((3.0, -1.0, 2.0, 0.0)):
+        agent.replay.add(
+            np.ones(OBS_DIM, np.float32),
+            np.ones(ACT_DIM, np.float32),
+            reward,
+            np.ones(OBS_DIM, np.float32),
+            False,
+            step == 1,
+        )
+    agent.copy_targets()
+    assert agent.scales[0].item() == pytest.approx(1.5) and agent.scales[1].item() == 1
+    agent.replay.add(
+        np.ones(OBS_DIM, np.float32), np.ones(ACT_DIM, np.float32), 9.0, np.ones(OBS_DIM, np.float32), True, False
+    )
+    agent.copy_targets()
+    assert agent.scales[0].item() == pytest.approx(3) and agent.scales[1].item() == pytest.approx(1.5)
+
+
+def test_exploration_adds_clipped_noise(monkeypatch):
+    agent, obs = make_agent(), np.ones(OBS_DIM, np.float32)
+    greedy = agent.act(obs)
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    np.testing.assert_allclose(agent.act(obs, explore=True), np.minimum(greedy + 0.2, 1), atol=1e-6)
+    actions = np.stack([agent.random_action() for _ in range(500)])
+    assert actions.min() < -0.98 and actions.max() > 0.98 and abs(actions.mean()) < 0.1
+
+
+def test_bfloat16_gives_nearly_the_same_losses_and_every_gradient():
+    exact, rounded = filled_agent(), filled_agent(bf16=True)
+    for agent in (exact, rounded):
+        agent.copy_targets()
+        agent.update_encoder(torch.arange(1, 5))
+        agent.update_critic_and_actor(torch.arange(1, 5))
+        for name, parameter in agent.named_weights():
+            assert parameter.grad.abs().sum() > 0 and parameter.dtype == torch.float32, name
+    for name, value in exact.losses.items():
+        assert rounded.losses[name] != value or name in ("done", "q"), name
+        torch.testing.assert_close(rounded.losses[name], value, rtol=0.05, atol=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------------ replay
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    capacity=st.integers(12, 40),
+    episodes=st.lists(st.tuples(st.integers(1, 15), st.booleans()), min_size=1, max_size=8),
+    unfinished=st.integers(0, 8),
+)
+def test_replay_samples_whole_or_terminated_sub_trajectories_and_no_others(capacity, episodes, unfinished):
+    """Against a list of everything that ever happened. A row's number is its observation."""
+    horizon, replay = mst_rigl.ENCODER_HORIZON, ReplayBuffer(capacity, 1, 1, CPU)
+    rows = []  # (time of the episode's end row, terminated) for each row; None for rows of last observations
+    for length, terminated in [*episodes, (unfinished, None)]:
+        start = len(rows)
+        for step in range(length):
+            time_, over = len(rows), terminated is not None and step == length - 1
+            one, two, action = (np.full(1, value, np.float32) for value in (time_, time_ + 1, -time_))
+            replay.add(one, action, time_ + 0.5, two, over and terminated, over and not terminated)
+            rows.append((start + length, terminated))
+        if terminated is not None:
+            rows.append(None)
+    present = range(max(0, len(rows) - capacity), len(rows))
+    allowed = {}
+    for row in present:
+        if rows[row] is not None:
+            end, terminated = rows[row]
+            if terminated or row + horizon < min(end + (terminated is not None), len(rows)):
+                allowed[row % capacity] = row
+    sampleable = set(replay.data["priority"][: replay.size].nonzero()[:, 0].tolist())
+    assert sampleable == set(allowed)
+    kept = [row + 0.5 for row in present if rows[row] is not None]
+    assert replay.reward_scale().item() == pytest.approx(np.mean(kept))
+    assert sorted(replay.recent(capacity)["obs"][:, 0].tolist()) == [reward - 0.5 for reward in kept]
+
+    starts = torch.tensor(sorted(allowed), dtype=torch.long)
+    whole, short = replay.sub_trajectories(starts), replay.transitions(starts)
+    for n, start in enumerate(starts.tolist()):
+        row = allowed[start]
+        end, terminated = rows[row]
+        length = min(horizon, end - row)  # until the termination, if that comes first
+        expected = torch.arange(row, row + length)
+        assert torch.equal(whole["obs"][n, : length + 1, 0], torch.arange(row, row + length + 1).float())
+        assert torch.equal(whole["action"][n, :length, 0], -expected.float())
+        assert torch.equal(whole["reward"][n, :length], expected + 0.5)
+        last = row + length == end and bool(terminated)
+        assert whole["not_done"][n, :length].tolist() == [1.0] * (length - last) + [0.0] * last
+        assert short["obs"][n, 0] == row and short["action"][n, 0] == -row
+        assert torch.equal(short["reward"][n, : min(3, length)], expected[:3] + 0.5)
+        if not last or length > 3:
+            assert short["next_obs"][n, 0] == row + 3
+        assert torch.equal(short["not_done"][n, : min(3, length)], whole["not_done"][n, : min(3, length)])
+
+    copy = ReplayBuffer(capacity, 1, 1, CPU)
+    copy.load_state_dict(replay.state_dict())
+    assert all(torch.equal(copy.data[name][: copy.size], replay.data[name][: replay.size]) for name in replay.data)
+    assert (copy.head, copy.size, copy.terminates) == (replay.head, replay.size, any(t for _, t in episodes))
+
+
+def test_rows_are_drawn_in_proportion_to_their_priority():
+    agent = filled_agent()
+    torch.manual_seed(0)
+    rows = torch.tensor([1, 2, 3, 4])
+    agent.replay.data["priority"].zero_()
+    agent.replay.update_priority(rows, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    counts = torch.bincount(agent.replay.sample_rows(20_000), minlength=210)
+    assert counts.sum() == counts[1:5].sum()
+    np.testing.assert_allclose(counts[1:5] / 20_000, [0.1, 0.2, 0.3, 0.4], atol=0.015)
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
+def test_the_extreme_draws_fall_on_rows_that_may_be_sampled(draw, monkeypatch):
+    replay = ReplayBuffer(50, 1, 1, CPU)
+    replay.size = 30
+    replay.data["priority"][7:20] = 1.3
+    monkeypatch.setattr(torch, "rand", lambda count, **options: torch.full((count,), draw, dtype=options["dtype"]))
+    assert replay.sample_rows(3).tolist() == [7 if draw == 0 else 19] * 3
+
+
+def test_new_steps_start_at_the_largest_priority_ever_given():
+    agent = filled_agent()
+    agent.replay.update_priority(torch.tensor([1]), torch.tensor([3.0]))
+    agent.replay.update_priority(torch.tensor([1]), torch.tensor([2.0]))
+    before = agent.replay.head
+    for _ in range(8):
+        agent.replay.add(
+            np.ones(OBS_DIM, np.float32), np.ones(ACT_DIM, np.float32), 0.0, np.ones(OBS_DIM, np.float32), False, False
+        )
+    assert agent.replay.data["priority"][before : before + 8].tolist() == [3.0] * 3 + [0.0] * 5
+
+
+# ---------------------------------------------------------------------------------------------------------- topologies
+
+
+shapes = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes=shapes, sparsity=st.floats(0, 0.99))
+def test_erdos_renyi_counts_are_exact_and_proportional(shapes, sparsity):
+    counts, sizes = mst_rigl.erdos_renyi_counts(shapes, sparsity), [a * b for a, b in shapes]
+    assert sum(counts) == round((1 - sparsity) * sum(sizes))
+    assert all(0 <= count <= size for count, size in zip(counts, sizes, strict=True))
+    # literally: one epsilon, density = epsilon (n_in + n_out) / (n_in n_out), at most 1; bisect for it
+    low, high = 0.0, 1e3
+    for _ in range(200):
+        epsilon = (low + high) / 2
+        total = sum(min(epsilon * (a + b), a * b) for a, b in shapes)
+        low, high = (epsilon, high) if total < sum(counts) else (low, epsilon)
+    for count, (a, b) in zip(counts, shapes, strict=True):
+        assert abs(count - min(low * (a + b), a * b)) <= 1 + 1e-6
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10_000), rows=st.integers(1, 9), columns=st.integers(1, 9), share=st.floats(0, 1))
+def test_rigl_drops_and_grows_the_sets_of_a_literal_sort(seed, rows, columns, share):
+    rng = np.random.default_rng(seed)
+    size = rows * columns
+    weight, gradient = rng.permutation(size) - size / 3 + 0.1, rng.permutation(size) - size / 2 + 0.1
+    mask = rng.random(size) < 0.5
+    count = int(share * mask.sum())
+    active = [i for i in range(size) if mask[i]]
+    kept = set(active) - set(sorted(active, key=lambda i: abs(weight[i]))[:count])
+    candidates = sorted((i for i in range(size) if i not in kept), key=lambda i: -abs(gradient[i]))
+    tensors = [torch.from_numpy(x).view(rows, columns) for x in (weight, gradient, mask)]
+    result = mst_rigl.rigl_topology(*tensors, count)
+    assert [set(m.flatten().nonzero()[:, 0].tolist()) for m in result] == [kept, set(candidates[:count])]
+
+
+def test_the_moved_share_falls_along_a_cosine():
+    shares = [mst_rigl.rigl_fraction(t, 100, 0.3) for t in (0, 25, 50, 75, 100)]
+    assert shares == pytest.approx([0.3, 0.15 * (1 + math.sqrt(0.5)), 0.15, 0.15 * (1 - math.sqrt(0.5)), 0.0])
+
+
+def literal_masks(module, topology, gradients: dict, fraction: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """By sorting: which connections RigL is to keep, and which there are to be afterwards."""
+    masks = {}
+    for name, mask in topology.masks.items():
+        weight, gradient = module.state_dict()[name].abs().flatten(), gradients[name].abs().flatten()
+        active = mask.flatten().nonzero()[:, 0].tolist()
+        count = int(fraction * len(active))
+        kept = set(sorted(active, key=lambda i: weight[i].item())[count:])
+        rest = sorted(set(range(mask.numel())) - kept, key=lambda i: -gradient[i].item())
+        sets = (sorted(kept), sorted(kept | set(rest[:count])))
+        empty = torch.zeros(mask.numel(), dtype=torch.bool)
+        masks[name] = tuple(empty.index_fill(0, torch.tensor(s), True).view_as(mask) for s in sets)
+    return masks
+
+
+def test_an_update_reads_the_dense_gradient_then_masks_it_then_clips_it():
+    """One step of the critics at which the topology changes, against the same by hand."""
+    agent = filled_agent(rigl_interval=4, max_grad_norm=0.05)
+    agent.copy_targets()
+    for _ in range(3):
+        agent.update_critic_and_actor(agent.replay.sample_rows(16))
+    critic, topology = agent.networks["critic"], agent.topologies["critic"]
+    hand, optimizer = make_agent().networks["critic"], agent.optimizers["critic"]
+    hand.load_state_dict(critic.state_dict())
+    hand_optimizer = torch.optim.AdamW(hand.parameters(), lr=agent.args.critic_lr, weight_decay=agent.args.weight_decay)
+    hand_optimizer.load_state_dict(json_like_copy(optimizer.state_dict()))
+    zsa, target = torch.randn(16, 16), torch.randn(16, 1)
+    mst_rigl.critic_loss(hand, zsa, target)[0].backward()
+    gradients = {name: p.grad.clone() for name, p in hand.named_parameters()}
+    fraction = 0.15 * (1 + math.cos(math.pi * 4 / (0.75 * (agent.args.total_steps - agent.args.learning_starts))))
+    expected = literal_masks(hand, topology, gradients, fraction)
+    before = {name: mask.clone() for name, mask in topology.masks.items()}
+    with torch.no_grad():
+        for name, parameter in hand.named_parameters():
+            if name in expected:
+                kept, mask = expected[name]
+                assert (mask & ~before[name]).any(), name
+                moments = hand_optimizer.state[parameter]
+                for tensor in (parameter, moments["exp_avg"], moments["exp_avg_sq"]):
+                    tensor[~kept] = 0
+                parameter.grad[~mask] = 0
+    torch.nn.utils.clip_grad_norm_(hand.parameters(), 0.05)
+    hand_optimizer.step()
+
+    agent._step("critic", mst_rigl.critic_loss(critic, zsa, target)[0], agent.args.max_grad_norm)
+    for name, (_, mask) in expected.items():
+        assert torch.equal(topology.masks[name], mask), name
+    for name, weight in critic.state_dict().items():
+        close(weight, hand.state_dict()[name])
+    changed = sum(int((expected[name][1] & ~before[name]).sum()) for name in before)
+    assert topology.changed == pytest.approx(changed / sum(int(mask.sum()) for mask in before.values()))
+
+
+def json_like_copy(state: dict) -> dict:
+    """A deep copy of an optimizer's state, so that two optimizers share nothing."""
+    moments = {i: {k: v.clone() for k, v in moment.items()} for i, moment in state["state"].items()}
+    groups = [group | {"fused": False, "params": list(group["params"])} for group in state["param_groups"]]
+    return {"state": moments, "param_groups": groups}
+
+
+def test_a_connection_that_is_dropped_and_grown_again_starts_from_zero():
+    net = torch.nn.Sequential(torch.nn.Linear(10, 10))
+    layer = net[0]
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    topology = Topology(net, optimizer, "rigl", 0.5)
+    layer(torch.randn(4, 10)).square().sum().backward()
+    topology.before_step(1000, 10_000, 0.3)
+    optimizer.step()
+    active = topology.masks["0.weight"].nonzero()
+    smallest = min(active.tolist(), key=lambda ij: layer.weight[tuple(ij)].abs().item())
+    layer.weight.grad = torch.zeros(10, 10)
+    layer.weight.grad[tuple(smallest)] = 1.0
+    topology.updates = 999
+    topology.before_step(1000, 10_000, 0.02 * 2)  # one of the fifty
+    state = optimizer.state[layer.weight]
+    assert topology.masks["0.weight"][tuple(smallest)] and topology.changed == 0
+    for tensor in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):
+        assert tensor[tuple(smallest)] == 0
+
+
+def test_topologies_change_at_every_interval_until_their_time_and_static_ones_never():
+    for regime, expected in (("rigl", [3, 6, 9]), ("static", []), ("dense", [])):
+        layer, changes = torch.nn.Linear(6, 6), []
+        topology = Topology(layer, torch.optim.AdamW(layer.parameters()), regime, 0.5)
+        topology._move_connections = lambda fraction, changes=changes, t=topology: changes.append(t.updates)
+        for _ in range(20):
+            layer.weight.grad = torch.ones(6, 6)
+            topology.before_step(3, 12, 0.3)
+        assert changes == expected
+        assert (layer.weight.grad == 0).sum() == (0 if regime == "dense" else 18)
+
+
+def test_a_layer_that_gets_all_its_weights_is_left_alone():
+    agent = make_agent(actor_sparsity=0.2)
+    assert "2.weight" not in agent.topologies["actor"].masks  # the narrow output layer
+    counts = agent.parameter_counts()
+    linear = [m.weight.numel() for m in agent.networks["actor"].modules() if isinstance(m, torch.nn.Linear)]
+    assert counts["actor"] - counts["actor_active"] == sum(linear) - round(0.8 * sum(linear))
+
+
+@pytest.mark.parametrize(("preset", "low", "high"), [("mst", 3.5e6, 4.5e6), ("mst-362m", 3.4e8, 4.4e8)])
+def test_parameters_of_the_presets_on_dog_run(preset, low, high):
+    args = Args(**(mst_rigl.PRESETS[f"preset {preset}"] | {"total_steps": 1, "actor_regime": "dense"}))
+    with torch.device("meta"):
+        networks = mst_rigl.build_networks(args, 223, 38)
+    assert low < sum(p.numel() for net in networks.values() for p in net.parameters()) < high
+
+
+# -------------------------------------------------------------------------------------------- whole runs, a real task
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A whole run on Hopper whose topologies are checked after every update."""
+    run_dir = tmp_path_factory.mktemp("mst_rigl") / "run"
+    true_update, true_copy, masks = Agent.update, Agent.copy_targets, []
+
+    def copy_targets(agent):
+        true_copy(agent)
+        for name, topology in agent.topologies.items():
+            targets = agent.targets[name].state_dict()
+            assert all((targets[key][~mask] == 0).all() for key, mask in topology.masks.items())
+
+    def update(agent):
+        true_update(agent)
+        for name, topology in agent.topologies.items():
+            for key, weight in topology.weights.items():
+                inactive, state = ~topology.masks[key], agent.optimizers[name].state[weight]
+                for tensor in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]):
+                    assert (tensor[inactive] == 0).all(), (agent.updates, name, key)
+        masks.append({name: topology.masks for name, topology in agent.topologies.items()})
+        masks[-1] = {name: {k: m.clone() for k, m in masks.items()} for name, masks in masks[-1].items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Agent, "update", update)
+        patch.setattr(Agent, "copy_targets", copy_targets)
+        results = mst_rigl.main(Args(**TINY, run_dir=str(run_dir)))
+    return {"run_dir": run_dir, "results": results, "masks": masks, "checkpoint": checkpoint_of(run_dir)}
+
+
+def checkpoint_of(run_dir: Path) -> dict:
+    return load_checkpoint(str(run_dir), "mst_rigl")
+
+
+def test_masks_keep_their_exact_counts_for_ever(finished_run):
+    agent = make_agent(*mst_rigl_sizes(finished_run))
+    for name in ("critic", "actor"):
+        module = agent.networks[name]
+        linear = {f"{n}.weight": m.weight for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
+        counts = mst_rigl.erdos_renyi_counts([tuple(w.shape) for w in linear.values()], 0.6)
+        counts = dict(zip(linear, counts, strict=True))
+        for masks in finished_run["masks"]:
+            assert {key: int(mask.sum()) for key, mask in masks[name].items()} == {k: counts[k] for k in masks[name]}
+        assert sum(counts.values()) == round(0.4 * sum(w.numel() for w in linear.values()))
+
+
+def mst_rigl_sizes(finished_run) -> tuple[int, int]:
+    data = finished_run["checkpoint"]["agent"]["replay"]["data"]
+    return data["obs"].shape[1], data["action"].shape[1]
+
+
+def test_rigl_moves_the_critics_connections_and_nothing_moves_the_actors(finished_run):
+    masks = finished_run["masks"]
+    interval, last = TINY["rigl_interval"], int(0.75 * (TINY["total_steps"] - TINY["learning_starts"]))
+    for update, (now, then) in enumerate(pairwise(masks), start=2):  # the first entry is after update 1
+        moved = any(not torch.equal(now["critic"][key], then["critic"][key]) for key in now["critic"])
+        due = update % interval == 0 and update < last
+        assert moved == (due and mst_rigl.rigl_fraction(update, last, 0.3) > 0.02), update  # else not one connection
+    assert all(torch.equal(masks[0]["actor"][key], mask) for key, mask in masks[-1]["actor"].items())
+    assert masks[0]["actor"] and masks[0]["encoder"] == {}
+    metrics = finished_run["results"]["metrics"]
+    for name, overlap in (("actor", 1.0), ("critic", None)):
+        topology = finished_run["checkpoint"]["agent"]["topologies"][name]
+        shared = sum(int((topology["initial"][key] & mask).sum()) for key, mask in masks[-1][name].items())
+        share = shared / sum(int(mask.sum()) for mask in masks[-1][name].values())
+        assert metrics[f"sparsity/{name}/overlap_with_initial"] == pytest.approx(share)
+        assert share == overlap or (overlap is None and share < 1)
+
+
+def test_a_dense_module_is_untouched_by_masks(finished_run):
+    encoder = finished_run["checkpoint"]["agent"]["networks"]["encoder"]
+    assert all((weight != 0).float().mean() > 0.99 for weight in encoder.values())
+    assert finished_run["results"]["parameters"]["encoder"] == finished_run["results"]["parameters"]["encoder_active"]
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def command_line(**options) -> list[str]:
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+def start(*words, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "mst_rigl.py"), *words, *command_line(**options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_same_tensors(one, two, where: str = "") -> None:
+    """Equal bytes in nested dicts and lists, NaN included."""
+    assert type(one) is type(two), where
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype and one.shape == two.shape, where
+        assert one.contiguous().numpy().tobytes() == two.contiguous().numpy().tobytes(), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            assert_same_tensors(one[key], two[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two), where
+        for index, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert_same_tensors(a, b, f"{where}/{index}")
+    else:
+        assert one == two, where
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Same weights, moments, masks, buffer, random states and evaluations, byte by byte, and the same metrics."""
+    first, second = checkpoint_of(one), checkpoint_of(two)
+    for checkpoint in (first, second):
+        del checkpoint["record"]["seconds"]
+    # when checkpoints were asked for is not part of the run
+    assert first["at"].pop("next_checkpoint") and second["at"].pop("next_checkpoint")
+    assert_same_tensors(first, second)
+    assert (one / "evaluations.csv").read_bytes() == (two / "evaluations.csv").read_bytes()
+    results = [json.loads((run / "results.json").read_text()) for run in (one, two)]
+    for name in ("metrics", "tasks", "global_step", "parameters"):
+        assert results[0][name] == results[1][name]
+
+
+def test_the_command_leaves_every_file_and_ends_with_a_table(finished_run, tmp_path):
+    run = start(**(TINY | {"run_dir": tmp_path / "run", "quiet": False}))
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
+    assert "final_return" in out and "active (rigl, block type 4)" in out and str(tmp_path / "run") in out
+    assert "Warning" not in err
+    assert (tmp_path / "run" / "summary.png").stat().st_size > 10_000
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["script"] == "mst_rigl" and results["global_step"] == TINY["total_steps"]
+    assert results["tasks"][0]["final_return"] == results["metrics"]["final_return"]
+    assert all(math.isfinite(value) for value in results["metrics"].values())
+    with open(tmp_path / "run" / "evaluations.csv", newline="") as file:
+        steps = [int(row["global_step"]) for row in csv.DictReader(file)]
+    assert len(steps) == 3 and 200 <= steps[0] < 400 <= steps[1] < steps[2] == 600
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+    # a subprocess and a call of main are the same run
+    assert_same_run(tmp_path / "run", finished_run["run_dir"])
+
+
+def test_killed_at_random_moments_and_resumed_it_is_the_same_run(finished_run, tmp_path):
+    run_dir, rng = tmp_path / "run", np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    run, kills = start(**(TINY | {"run_dir": run_dir, "checkpoint_every": 50})), 0
+    while True:
+        saved = time.monotonic() + 60
+        while kills < 3 and not (run_dir / "checkpoint.pt").exists() and time.monotonic() < saved:
+            time.sleep(0.05)
+        try:
+            run.communicate(timeout=rng.uniform(3, 8) if kills < 3 else 300)
+            break
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL if kills % 2 == 0 else signal.SIGTERM)
+            _, err = run.communicate(timeout=60)
+            assert run.returncode in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0), err
+            kills += 1
+            run = start("--resume", str(run_dir))
+    assert run.returncode == 0
+    assert_same_run(run_dir, finished_run["run_dir"])
+
+
+@pytest.mark.parametrize("moment", ["training", "evaluation", "last evaluation"])
+def test_interrupted_it_saves_and_goes_on_to_the_same_bytes(finished_run, tmp_path, monkeypatch, moment):
+    calls = {"update": 0, "evaluate": 0}
+    true_update, true_evaluate = Agent.update, mst_rigl.metrics.evaluate
+
+    def update(agent):
+        calls["update"] += 1
+        if moment == "training" and calls["update"] == 170:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_update(agent)
+
+    def evaluate(*arguments):
+        calls["evaluate"] += 1
+        if moment != "training" and calls["evaluate"] == {"evaluation": 2, "last evaluation": 3}[moment]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_evaluate(*arguments)
+
+    monkeypatch.setattr(Agent, "update", update)
+    monkeypatch.setattr(mst_rigl.metrics, "evaluate", evaluate)
+    run_dir = tmp_path / "run"
+    with pytest.raises(Interrupted) as leaving:
+        mst_rigl.main(Args(**TINY, run_dir=str(run_dir)))
+    assert leaving.value.exit_code == 128 + signal.SIGTERM
+    assert f"python mst_rigl.py --resume {run_dir}" in str(leaving.value)
+    assert checkpoint_of(run_dir)["agent"]["replay"]["episode_steps"] == 0 or moment == "last evaluation"
+    mst_rigl.main(Args(**TINY, run_dir=str(run_dir), resume=str(run_dir)))
+    assert_same_run(run_dir, finished_run["run_dir"])
+
+
+def test_a_run_killed_before_its_results_were_written_ends_on_resume(finished_run, tmp_path):
+    run_dir = shutil.copytree(finished_run["run_dir"], tmp_path / "run")
+    (run_dir / "results.json").unlink()
+    mst_rigl.main(Args(**TINY, run_dir=str(finished_run["run_dir"]), resume=str(run_dir)))
+    assert_same_run(run_dir, finished_run["run_dir"])
+
+
+def test_dm_control_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    """An action repeat of two, episodes that are truncated only."""
+    options = TINY | {"env_id": "dmc/cartpole-swingup", "total_steps": 1100, "eval_every": 500, "learning_starts": 450}
+    whole, broken, calls = tmp_path / "whole", tmp_path / "broken", []
+    mst_rigl.main(Args(**options, run_dir=str(whole)))
+    true_update = Agent.update
+
+    def update(agent):
+        calls.append(None)
+        if len(calls) == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_update(agent)
+
+    monkeypatch.setattr(Agent, "update", update)
+    with pytest.raises(Interrupted):
+        mst_rigl.main(Args(**options, run_dir=str(broken)))
+    checkpoint = checkpoint_of(broken)
+    assert checkpoint["at"]["step"] == 500 and not checkpoint["agent"]["replay"]["terminates"]
+    mst_rigl.main(Args(**options, run_dir=str(broken), resume=str(broken)))
+    assert_same_run(broken, whole)
+
+
+BAD_ARGUMENTS = {
+    "unknown task": (["--env-id", "dmc/cartpole-swing"], r"--env-id dmc/cartpole-swing: .*dmc/cartpole-swingup"),
+    "discrete actions": (["--env-id", "CartPole-v1"], r"--env-id CartPole-v1: .*expected a Box"),
+    "preset": (["--preset", "mstt"], r"--preset mstt: must be one of mst, mrq, mst-362m"),
+    "type": (["--critic-type", "7"], r"--critic-type 7: must be one of 1, 2, 3, 4, 5, 6"),
+    "regime": (["--actor-regime", "set"], r"--actor-regime set: must be one of dense, static, rigl"),
+    "sparsity": (["--critic-sparsity", "1"], r"--critic-sparsity 1\.0: must be at least 0 and below 1"),
+    "width": (["--width-scale", "0"], r"--width-scale 0\.0: must be a positive number"),
+    "depth": (["--depth-scale", "0"], r"--depth-scale 0: must be at least 1"),
+    "rate": (["--actor-lr", "inf"], r"--actor-lr inf: must be a positive number"),
+    "drop": (["--rigl-drop", "1.5"], r"--rigl-drop 1\.5: must be between 0 and 1"),
+    "no steps": (["--total-steps", "0"], r"--total-steps 0: must be at least 1"),
+    "warm-up": (["--total-steps", "5000"], r"--learning-starts 10000: must be below --total-steps 5000"),
+    "no warm-up": (["--learning-starts", "3"], r"--learning-starts 3: must be above 10"),
+    "small buffer": (["--buffer-size", "10"], r"--buffer-size 10: must be above 10"),
+    "cuda": (["--device", "cuda"], r"--device cuda: .*no CUDA"),
+    "nothing to resume": (["--resume", "nothing"], r"nothing: no readable run"),
+    "nothing to evaluate": (["--evaluate", "nothing"], r"nothing: no readable run"),
+    "unwritable": (["--run-dir", "/dev/null/run", *command_line(width_scale=0.03)], r"--run-dir /dev/null/run: cannot"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_give_one_line_and_exit_2(case, monkeypatch, capsys, tmp_path):
+    words, expected = BAD_ARGUMENTS[case]
+    if case == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert_refused(
+        words if "--env-id" in words else [*words, "--env-id", TINY["env_id"]], expected, monkeypatch, capsys, tmp_path
+    )
+
+
+def assert_refused(words: list[str], expected: str, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr("sys.argv", ["mst_rigl.py", *words])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as leaving:
+        mst_rigl.run(mst_rigl.main, Args, mst_rigl.PRESETS)
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 2
+    assert re.search(expected, err) and err.count("\n") == 1 and out == "", (out, err)
+    assert sorted(tmp_path.iterdir()) == before  # no folder is left behind
+
+
+def test_bad_resumes_give_one_line_and_exit_2(finished_run, monkeypatch, capsys, tmp_path):
+    run_dir = shutil.copytree(finished_run["run_dir"], tmp_path / "run")
+    (run_dir / "results.json").unlink()
+    words = ["--resume", str(run_dir)]
+    contradiction = r"--total-steps 700: contradicts.*600"
+    assert_refused([*words, "--total-steps", "700"], contradiction, monkeypatch, capsys, tmp_path)
+    assert_refused(["--run-dir", str(run_dir)], r"holds a run already.*--resume", monkeypatch, capsys, tmp_path)
+    checkpoint = run_dir / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    assert_refused(words, r"checkpoint\.pt: damaged", monkeypatch, capsys, tmp_path)
+    torch.save({"script": "ssde"}, checkpoint)
+    assert_refused(words, r"checkpoint\.pt: not a checkpoint of mst_rigl", monkeypatch, capsys, tmp_path)
+    checkpoint.unlink()
+    assert_refused(words, r"checkpoint\.pt: no checkpoint", monkeypatch, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("words", [["--preset", "mrq"], ["--preset=mrq"]])
+def test_a_preset_sets_defaults_and_what_is_typed_wins(words):
+    args = parse_args(Args, mst_rigl.PRESETS, [*words, "--actor-regime", "rigl"])
+    assert (args.encoder_type, args.critic_type, args.actor_type) == (4, 4, 3)
+    assert (args.encoder_regime, args.critic_regime, args.actor_regime) == ("dense", "dense", "rigl")
+    assert args.preset == "mrq"
+    mst = Args()
+    assert (mst.encoder_type, mst.critic_type, mst.actor_type) == (6, 4, 5)
+    assert (mst.encoder_regime, mst.critic_regime, mst.actor_regime) == ("dense", "rigl", "static")
+
+
+def test_help_names_every_argument():
+    out, _ = start("--help").communicate(timeout=60)
+    for name in Args.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in out
+
+
+def test_resuming_a_finished_run_returns_its_result(finished_run):
+    run_dir = str(finished_run["run_dir"])
+    before = (finished_run["run_dir"] / "checkpoint.pt").read_bytes()
+    assert mst_rigl.main(Args(**TINY, run_dir=run_dir, resume=run_dir)) == finished_run["results"]
+    assert (finished_run["run_dir"] / "checkpoint.pt").read_bytes() == before
+
+
+def test_evaluate_gives_the_last_evaluation_of_the_run(finished_run, capsys):
+    """Same policy, same episodes, same numbers; nothing in the folder changes."""
+    run_dir = finished_run["run_dir"]
+    before = {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+    result = mst_rigl.main(Args(evaluate=str(run_dir), episodes=TINY["eval_episodes"]))
+    assert result["episode_return"] == finished_run["results"]["tasks"][0]["final_return"]
+    assert TINY["env_id"] in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()} == before
+
+
+def test_evaluating_more_often_changes_nothing_in_training(finished_run, tmp_path):
+    mst_rigl.main(Args(**(TINY | {"eval_every": 60, "eval_episodes": 2}), run_dir=str(tmp_path / "run")))
+    often, seldom = checkpoint_of(tmp_path / "run"), finished_run["checkpoint"]
+    assert len(often["record"]["rows"]) > len(seldom["record"]["rows"])
+    assert_same_tensors(often["agent"], seldom["agent"])
+    assert_same_tensors(often["random"], seldom["random"])
+
+
+def test_a_loss_that_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(tmp_path, monkeypatch, capsys):
+    true_update = Agent.update
+
+    def update(agent):
+        if agent.updates == 150:
+            agent.networks["actor"][-1].bias.data.fill_(math.nan)
+        return true_update(agent)
+
+    monkeypatch.setattr(Agent, "update", update)
+    monkeypatch.setattr("sys.argv", ["mst_rigl.py", *command_line(**TINY, run_dir=tmp_path / "run")])
+    with pytest.raises(SystemExit) as leaving:
+        mst_rigl.run(mst_rigl.main, Args)
+    err = capsys.readouterr().err
+    assert leaving.value.code == 1 and err.count("\n") == 1
+    assert "action is not finite at step 251" in err and str(tmp_path) in err
+    checkpoint = checkpoint_of(tmp_path / "run")
+    assert checkpoint["record"]["global_step"] == 0
+    assert all(weight.isfinite().all() for net in checkpoint["agent"]["networks"].values() for weight in net.values())
+
+
+@pytest.mark.slow
+def test_mst_learns_to_balance_a_pendulum(tmp_path):
+    """Random actions drop it after six steps; a policy that does not learn does so for ever."""
+    options = {"env_id": "InvertedPendulum-v5", "total_steps": 3000, "learning_starts": 500, "eval_every": 500}
+    options |= {"width_scale": 1 / 16, "batch_size": 64, "target_update": 50, "rigl_interval": 100, "gamma": 0.98}
+    rates = {"encoder_lr": 1e-3, "critic_lr": 1e-3, "actor_lr": 1e-3}
+    results = mst_rigl.main(Args(**options, **rates, eval_episodes=5, quiet=True, run_dir=str(tmp_path / "run")))
+    assert results["metrics"]["final_return"] > 100
