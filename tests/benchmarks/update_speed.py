@@ -42,11 +42,12 @@ class Args:
 
 
 class Case(NamedTuple):
-    """What is timed of a variant: one update, one action for one observation, one checkpoint."""
+    """What is timed of a variant: an update, one action for one observation, one checkpoint."""
 
     update: Callable[[], object]
     act: Callable[[], object]
     checkpoint: Callable[[], dict]
+    updates: int = 1  # that `update` makes: a whole cycle where some updates do more than others
 
 
 # ------------------------------------------------------------------------------------------------------------ ssde
@@ -122,7 +123,37 @@ def ssde_cases() -> dict[str, Callable[[Args], Case]]:
     }
 
 
-CASES: dict[str, Callable[[], dict[str, Callable[[Args], Case]]]] = {"ssde": ssde_cases}
+# ------------------------------------------------------------------------------------------- neuroplastic_expansion
+
+
+def neuroplastic_expansion_case(method: str, in_review: bool, args: Args) -> Case:
+    """TD3 or NE on HalfCheetah-v5's sizes, after a full buffer; two updates, of which one moves the actor too."""
+    import neuroplastic_expansion as ne
+
+    script_args = ne.Args(method=method, device=args.device, compile=args.compile)
+    agent = ne.Agent(script_args, 17, 6, 975_000, torch.device(args.device))
+    for column in agent.replay.data.values():
+        column.normal_()
+    agent.replay.data["terminated"].zero_()
+    agent.replay.added = agent.replay.capacity
+    if in_review:
+        agent.change = 0.0
+    observation = np.zeros(17, dtype=np.float32)
+    return Case(lambda: (agent.update(), agent.update()), lambda: agent.act(observation), agent.state_dict, updates=2)
+
+
+def neuroplastic_expansion_cases() -> dict[str, Callable[[Args], Case]]:
+    return {
+        "TD3": functools.partial(neuroplastic_expansion_case, "td3", False),
+        "NE, density 0.2": functools.partial(neuroplastic_expansion_case, "ne", False),
+        "NE, density 0.2, in review": functools.partial(neuroplastic_expansion_case, "ne", True),
+    }
+
+
+CASES: dict[str, Callable[[], dict[str, Callable[[Args], Case]]]] = {
+    "ssde": ssde_cases,
+    "neuroplastic_expansion": neuroplastic_expansion_cases,
+}
 
 
 # ----------------------------------------------------------------------------------------------------- measurements
@@ -187,6 +218,7 @@ def main(args: Args) -> None:
         memory = [peak_memory(script, variant, args) for variant in variants]
         cases = [build(args) for build in variants.values()]
         updates = medians_in_turns([case.update for case in cases], args.repeats, args.device)
+        updates = [update / case.updates for update, case in zip(updates, cases, strict=True)]
         actions = medians_in_turns([case.act for case in cases], 10 * args.repeats, args.device)
         del cases
         for variant, update, action, peak in zip(variants, updates, actions, memory, strict=True):
