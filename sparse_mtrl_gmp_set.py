@@ -575,6 +575,8 @@ class Agent:
         self.actor_parameters = list(self.actor.parameters())
         self.replay = ReplayBuffer(tasks, min(args.buffer_size, args.total_steps) // tasks, obs_dim, act_dim, device)
         self.updates, self.total_updates, self.resets, self.recycled = 0, count_updates(args, tasks), 0, 0
+        # of the last update, missing connections left out, before clipping
+        self.grad_norms = {"actor": torch.zeros(()), "critic": torch.zeros(())}
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
             self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
@@ -679,7 +681,7 @@ class Agent:
         if args.sparsify != "none" and args.sparsify_critic:
             for critic in self.critics:
                 mask_gradients(critic)
-        critic_norm = nn.utils.clip_grad_norm_(self.critics.parameters(), args.max_grad_norm)
+        self.grad_norms["critic"] = nn.utils.clip_grad_norm_(self.critics.parameters(), args.max_grad_norm)
         self.q_optimizer.step()
 
         actor_losses, log_prob = self.actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])
@@ -687,7 +689,7 @@ class Agent:
         actor_losses.mean().backward(inputs=self.actor_parameters)  # no gradients of the critics' weights
         if args.sparsify != "none" and args.sparsify_actor:
             mask_gradients(self.actor)
-        actor_norm = nn.utils.clip_grad_norm_(self.actor_parameters, args.max_grad_norm)
+        self.grad_norms["actor"] = nn.utils.clip_grad_norm_(self.actor_parameters, args.max_grad_norm)
         self.actor_optimizer.step()
 
         # target entropy -|A|; the loss is linear in log alpha
@@ -701,7 +703,7 @@ class Agent:
                 target.lerp_(value, args.tau)
         self.updates += 1
         losses = {"critic": q_losses.mean(), "actor": actor_losses.mean(), "q": q_mean, "entropy": -log_prob.mean()}
-        losses |= {"alpha": self.log_alpha.exp().mean(), "critic_grad_norm": critic_norm, "actor_grad_norm": actor_norm}
+        losses["alpha"] = self.log_alpha.exp().mean()
         return {name: value.detach() for name, value in losses.items()}
 
     # ------------------------------------------------------------------------------------------------------- metrics
@@ -734,7 +736,7 @@ class Agent:
                 prefix + "srank": metrics.srank(features[0][-1]),
                 prefix + "effective_rank": metrics.effective_rank(features[0][-1]),
                 prefix + "weight_norm": metrics.weight_norm(module),
-                prefix + "grad_norm": metrics.grad_norm(module),
+                prefix + "grad_norm": self.grad_norms[name],
             }
             if self.tasks > 1:
                 scalars[prefix + "gradient_cosine"] = metrics.gradient_cosine(trunk_gradients(networks[0], losses))
@@ -752,7 +754,7 @@ class Agent:
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     LEARNERS = ("actor", "critics", "targets", "actor_optimizer", "q_optimizer", "alpha_optimizer", "replay")
-    COUNTERS = ("updates", "resets", "recycled")
+    PLAIN = ("updates", "resets", "recycled", "grad_norms")
 
     def named_weights(self) -> list[tuple[str, Tensor]]:
         """Everything that is learned, by name."""
@@ -762,13 +764,13 @@ class Agent:
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name).state_dict() for name in self.LEARNERS}
-        state |= {name: getattr(self, name) for name in self.COUNTERS}
+        state |= {name: getattr(self, name) for name in self.PLAIN}
         return state | {"log_alpha": self.log_alpha.detach()}
 
     def load_state_dict(self, state: dict) -> None:
         for name in self.LEARNERS:
             getattr(self, name).load_state_dict(state[name])
-        for name in self.COUNTERS:
+        for name in self.PLAIN:
             setattr(self, name, state[name])
         self.log_alpha.data.copy_(state["log_alpha"])
 

@@ -1,9 +1,10 @@
 """Cost of one update and of one action, side by side: `python tests/benchmarks/update_speed.py [--scripts ssde ...]`.
 
 One row per script and variant. The variants of a script are timed in turns, so that a busy machine slows all of them;
-`ratio` is to the script's first variant, its plain base algorithm at the same sizes. Memory is the peak of a process
-of its own, with a full replay buffer of the default size, after it has written a checkpoint. The line above the table
-gives the machine's matrix product rate, which absolute times depend on.
+`ratio` is to the script's first variant, its plain base algorithm at the same sizes; `x floor` is to the time that the
+update's matrix products alone would take at the rate of a plain product timed in the same turns. Memory is the peak of
+a process of its own, with a full replay buffer of the default size, after it has written a checkpoint. The line above
+the table gives the machine's matrix product rate, which absolute times depend on.
 """
 
 import functools
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -123,6 +125,37 @@ def ssde_cases() -> dict[str, Callable[[Args], Case]]:
     }
 
 
+# ------------------------------------------------------------------------------------------------------------ nbsp
+
+
+def nbsp_case(method: str, args: Args, mask_target: str = "update") -> Case:
+    """SAC or NBSP on Meta-World's sizes after two tasks, buffers filled; two updates, of which one moves the actor."""
+    import nbsp
+
+    script_args = nbsp.Args(method=method, mask_target=mask_target, device=args.device, compile=args.compile)
+    device = torch.device(args.device)
+    agent = nbsp.Agent(script_args, 39, 4, device)
+    for column in agent.replay.data.values():
+        column.normal_()
+    for task in range(2):
+        agent.replay.added = agent.replay.capacity
+        scores = {net: [0.5 + torch.rand(256, device=device) / 2 for _ in range(2)] for net in agent.networks()}
+        agent.end_task(task, scores)
+    agent.replay.added = agent.replay.capacity
+    observation = np.zeros(39, dtype=np.float32)
+    update, act = lambda: (agent.update(), agent.update()), lambda: agent.actor.act(observation)
+    return Case(update, act, agent.state_dict, updates=2)
+
+
+def nbsp_cases() -> dict[str, Callable[[Args], Case]]:
+    return {
+        "SAC": functools.partial(nbsp_case, "sac"),
+        "gradient masking alone": functools.partial(nbsp_case, "mask"),
+        "NBSP": functools.partial(nbsp_case, "nbsp"),
+        "NBSP, mask on the gradient": functools.partial(nbsp_case, "nbsp", mask_target="gradient"),
+    }
+
+
 # ------------------------------------------------------------------------------------------- neuroplastic_expansion
 
 
@@ -150,9 +183,43 @@ def neuroplastic_expansion_cases() -> dict[str, Callable[[Args], Case]]:
     }
 
 
+# --------------------------------------------------------------------------------------------- sparse_mtrl_gmp_set
+
+
+def gmp_set_case(arch: str, sparsify: str, args: Args, critic: bool = True) -> Case:
+    """MT10 at the paper's sizes with a full buffer of random transitions, at the final sparsity."""
+    import sparse_mtrl_gmp_set as gmp_set
+
+    options = {"arch": arch, "sparsify": sparsify, "sparsify_critic": critic, "compile": args.compile}
+    device = torch.device(args.device)
+    agent = gmp_set.Agent(gmp_set.Args(**options), 10, 39, 4, device)
+    for column in agent.replay.data.values():
+        column.normal_()
+    agent.replay.added = agent.replay.capacity
+    if sparsify == "gmp":
+        agent.updates = agent.total_updates
+        agent.prune()
+    observations = np.zeros((10, 39), dtype=np.float32)
+    return Case(agent.update, lambda: agent.actor.act(observations), agent.state_dict)
+
+
+def gmp_set_cases() -> dict[str, Callable[[Args], Case]]:
+    case = functools.partial
+    return {
+        "shared, dense": case(gmp_set_case, "shared", "none"),
+        "shared, GMP actor": case(gmp_set_case, "shared", "gmp", critic=False),
+        "shared, GMP both": case(gmp_set_case, "shared", "gmp"),
+        "shared, SET both": case(gmp_set_case, "shared", "set"),
+        "MOORE, dense": case(gmp_set_case, "moore", "none"),
+        "MOORE, GMP both": case(gmp_set_case, "moore", "gmp"),
+    }
+
+
 CASES: dict[str, Callable[[], dict[str, Callable[[Args], Case]]]] = {
     "ssde": ssde_cases,
+    "nbsp": nbsp_cases,
     "neuroplastic_expansion": neuroplastic_expansion_cases,
+    "sparse_mtrl_gmp_set": gmp_set_cases,
 }
 
 
@@ -178,11 +245,26 @@ def medians_in_turns(functions: list[Callable[[], object]], repeats: int, device
     return np.median(times, axis=0).tolist()
 
 
-def matrix_rate(device: str) -> float:
-    """GFLOP/s of a 256x1024 by 1024x1024 float32 product, the best of 100."""
+PRODUCT_GFLOP = 2 * 256 * 1024 * 1024 / 1e9
+
+
+def matrix_product(device: str) -> Callable[[], object]:
+    """A 256x1024 by 1024x1024 float32 product, PRODUCT_GFLOP of arithmetic."""
     a, b = torch.randn(256, 1024, device=device), torch.randn(1024, 1024, device=device)
-    best = min(timed(lambda: a @ b, device) for _ in range(100))
-    return 2 * 256 * 1024 * 1024 / best / 1e6
+    return lambda: a @ b
+
+
+def matrix_rate(device: str) -> float:
+    """GFLOP/s of `matrix_product`, the best of 100."""
+    product = matrix_product(device)
+    return 1e3 * PRODUCT_GFLOP / min(timed(product, device) for _ in range(100))
+
+
+def matrix_gflop(update: Callable[[], object]) -> float:
+    """GFLOP of the matrix products of one update."""
+    with FlopCounterMode(display=False) as counter:
+        update()
+    return counter.get_total_flops() / 1e9
 
 
 def peak_memory(script: str, variant: str, args: Args) -> float:
@@ -211,19 +293,22 @@ def main(args: Args) -> None:
         return print_peak_memory(args)
     unit = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU thread(s)"
     print(f"{unit}, torch {torch.__version__}, float32 matrix product {matrix_rate(args.device):.0f} GFLOP/s\n")
-    print("| script | variant | ms per update | ratio | ms per action | peak MB |\n|---|---|---|---|---|---|")
+    print("| script | variant | ms per update | ratio | x floor | ms per action | peak MB |\n" + "|---" * 7 + "|")
     for script in args.scripts or CASES:
         variants = CASES[script]()
         # first, as the peak of a child process counts what its parent held when it was forked
         memory = [peak_memory(script, variant, args) for variant in variants]
         cases = [build(args) for build in variants.values()]
-        updates = medians_in_turns([case.update for case in cases], args.repeats, args.device)
+        gflop = [matrix_gflop(case.update) for case in cases]
+        functions = [matrix_product(args.device), *(case.update for case in cases)]
+        product, *updates = medians_in_turns(functions, args.repeats, args.device)
         updates = [update / case.updates for update, case in zip(updates, cases, strict=True)]
         actions = medians_in_turns([case.act for case in cases], 10 * args.repeats, args.device)
         del cases
-        for variant, update, action, peak in zip(variants, updates, actions, memory, strict=True):
-            ratio = update / updates[0]
-            print(f"| {script} | {variant} | {update:.2f} | {ratio:.3f} | {action:.2f} | {peak:.0f} |", flush=True)
+        for variant, update, work, action, peak in zip(variants, updates, gflop, actions, memory, strict=True):
+            ratio, floor = update / updates[0], update / (work / PRODUCT_GFLOP * product)
+            cells = (f"{update:.2f}", f"{ratio:.3f}", f"{floor:.2f}", f"{action:.2f}", f"{peak:.0f}")
+            print(" | ".join((f"| {script}", variant, *cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,912 @@
+"""GMP, SET and the networks of multi-task SAC against literal formulas, and their promises on real training runs."""
+
+import copy
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparse_mtrl_gmp_set as script
+from common.recorder import Interrupted, load_checkpoint
+from sparse_mtrl_gmp_set import Actor, Agent, Args, Critic, MultiTaskNetwork, ReplayBuffer
+
+ROOT = Path(__file__).parent.parent
+OBS_DIM, ACT_DIM, CPU = 39, 4, torch.device("cpu")
+# Three real tasks in seconds: four prunings, two evaluations.
+TINY = {
+    "benchmark": "reach,drawer-close,push",
+    "total_steps": 900,
+    "episode_steps": 50,
+    "learning_starts": 300,
+    "eval_every": 450,
+    "eval_episodes": 1,
+    "arch": "moore",
+    "experts": 2,
+    "width": 12,
+    "depth": 2,
+    "batch_per_task": 8,
+    "sparsify_critic": True,
+    "prune_every": 50,
+    "evolve_every": 50,
+    "checkpoint_every": 150,
+    "quiet": True,
+}
+ARCHITECTURES = ("shared", "moe", "moore")
+
+
+def make_agent(**changes) -> Agent:
+    """An agent on three tasks whose buffer is filled with random transitions."""
+    args = Args(**(TINY | changes))
+    torch.manual_seed(0)
+    agent = Agent(args, 3, OBS_DIM, ACT_DIM, CPU)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        obs, next_obs = rng.standard_normal((2, 3, OBS_DIM)).astype(np.float32)
+        action = rng.uniform(-1, 1, (3, ACT_DIM)).astype(np.float32)
+        agent.replay.add(obs, next_obs, action, rng.standard_normal(3).astype(np.float32))
+    return agent
+
+
+def large_heads(network: MultiTaskNetwork) -> MultiTaskNetwork:
+    """Heads and biases that are not near zero, so that errors in them show."""
+    for parameter in (*network.heads.parameters(), *(layer.bias for layer in network.layers)):
+        torch.nn.init.normal_(parameter)
+    return network
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> list[torch.Tensor]:
+    return [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+
+
+def literal_output(network: MultiTaskNetwork, x: torch.Tensor, task: int) -> torch.Tensor:
+    """The network's output for one sample of one task, with a loop over experts: x (inputs,) -> (outputs,)."""
+    if network.arch == "shared":
+        x = torch.cat([x, F.one_hot(torch.tensor(task), len(network.heads.weight)).to(x)])
+    outputs = []
+    for expert in range(network.experts):
+        h = x
+        for i, (layer, norm) in enumerate(
+            zip(network.layers, [*network.norms, None][: len(network.layers)], strict=True)
+        ):
+            h = h @ layer.weight[expert] + layer.bias[expert, 0]
+            if i < network.hidden:
+                if isinstance(norm, script.ExpertNorm):
+                    h = F.layer_norm(h, h.shape) * norm.gain[expert, 0] + norm.shift[expert, 0]
+                h = h.clamp_min(0)
+        outputs.append(h)
+    if network.arch == "moore":
+        q, r = torch.linalg.qr(torch.stack(outputs, 1))
+        outputs = (q * r.diagonal().sign()).unbind(1)
+    if network.arch == "shared":
+        features = outputs[0]
+    else:
+        features = torch.tanh(sum(w * h for w, h in zip(network.mixing[task], outputs, strict=True)))
+    return features @ network.heads.weight[task] + network.heads.bias[task, 0]
+
+
+@pytest.mark.parametrize("intervention", ["none", "layernorm"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_batched_experts_and_heads_equal_loops_over_tasks_experts_and_samples(arch, intervention):
+    torch.manual_seed(1)
+    args = Args(**(TINY | {"arch": arch, "depth": 3, "experts": 3, "intervention": intervention}))
+    network = large_heads(Critic(args, 3, OBS_DIM, ACT_DIM)).double()
+    for norm in network.norms:
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter)
+    x = torch.randn(3, 5, OBS_DIM + ACT_DIM, dtype=torch.float64)
+    with torch.no_grad():
+        expected = torch.stack([torch.stack([literal_output(network, s, t) for s in x[t]]) for t in range(3)])
+        torch.testing.assert_close(network(x), expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(network(x[1:2], slice(1, 2)), expected[1:2], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_head_gets_gradient_from_the_samples_of_its_own_task_only(arch):
+    actor = Actor(Args(**(TINY | {"arch": arch})), 3, OBS_DIM, ACT_DIM)
+    actor(torch.randn(3, 4, OBS_DIM))[1].square().sum().backward()
+    for parameter in actor.heads.parameters():
+        assert (parameter.grad[[0, 2]] == 0).all() and (parameter.grad[1] != 0).any()
+    if arch != "shared":
+        assert (actor.mixing.grad[[0, 2]] == 0).all() and (actor.mixing.grad[1] != 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 5), parallel=st.sampled_from([0.0, 0.9, 0.999]))
+def test_gram_schmidt_is_orthonormal_per_sample_and_keeps_the_spans(seed, k, parallel):
+    generator = torch.Generator().manual_seed(seed)
+    common, own = torch.randn(1, 6, 64, generator=generator), torch.randn(k, 6, 64, generator=generator)
+    vectors = math.sqrt(parallel) * common + math.sqrt(1 - parallel) * own
+    basis = torch.stack(script.gram_schmidt(vectors.unbind()), 1)
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(k).expand(6, k, k), atol=1e-5, rtol=0)
+    q, r = torch.linalg.qr(vectors.double().permute(1, 2, 0))  # unique up to the signs of R's diagonal
+    expected = (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).mT
+    torch.testing.assert_close(basis.double(), expected, atol=2e-4, rtol=0)
+
+
+def test_gram_schmidt_bears_a_zero_vector_and_a_repeated_one():
+    vectors = torch.randn(4, 3, 16)
+    vectors[1], vectors[2] = 0, vectors[0]
+    vectors.requires_grad_()
+    basis = torch.stack(script.gram_schmidt(vectors.unbind()))
+    basis.sum().backward()
+    assert basis.isfinite().all() and vectors.grad.isfinite().all()
+    torch.testing.assert_close(basis[3].norm(dim=-1), torch.ones(3))
+
+
+def test_moore_with_one_expert_is_the_shared_trunk_up_to_normalisation():
+    options = TINY | {"experts": 1, "depth": 3}
+    moore = large_heads(Actor(Args(**(options | {"arch": "moore"})), 3, OBS_DIM, ACT_DIM))
+    shared = Actor(Args(**(options | {"arch": "shared"})), 3, OBS_DIM, ACT_DIM)
+    with torch.no_grad():
+        for mine, other in zip(shared.layers, moore.layers, strict=True):
+            mine.weight.zero_()[:, : other.weight.shape[1]] = other.weight  # nothing comes from the one-hot
+            mine.bias.copy_(other.bias)
+        x = torch.randn(3, 5, OBS_DIM)
+        seen = []
+        shared.layers[-1].register_forward_hook(lambda _layer, _inputs, output: seen.append(output.clone()))
+        shared(x)
+        direction = F.normalize(seen[0].view(3, 5, -1), dim=-1)
+        features = torch.tanh(moore.mixing[:, :, None] * direction)
+        expected = torch.baddbmm(moore.heads.bias, features, moore.heads.weight)
+        torch.testing.assert_close(moore(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_log_probability_is_that_of_the_squashed_gaussian():
+    actor = large_heads(Actor(Args(**TINY), 3, OBS_DIM, ACT_DIM))
+    obs = torch.randn(3, 16, OBS_DIM)
+    mean, log_std = actor(obs).chunk(2, -1)
+    std = log_std.clamp(-20, 2).exp()
+    torch.manual_seed(3)
+    action, log_prob = actor.sample(obs)
+    torch.manual_seed(3)
+    u = (mean + std * torch.randn_like(mean)).double()
+    squash = torch.distributions.TanhTransform(cache_size=1)
+    torch.testing.assert_close(action, u.tanh().float())
+    normal = torch.distributions.Normal(mean.double(), std.double())
+    expected = (normal.log_prob(u) - squash.log_abs_det_jacobian(u, u.tanh())).sum(-1)
+    torch.testing.assert_close(log_prob.double(), expected, atol=1e-3, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- GMP
+
+
+def literal_cubic(t: float, t0: float, t1: float, final: float) -> float:
+    if t < t0:
+        return 0.0
+    return final if t > t1 else final * (1 - (1 - (t - t0) / (t1 - t0)) ** 3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    total=st.integers(1, 100_000),
+    start=st.floats(0, 0.9),
+    length=st.floats(0.01, 1),
+    final=st.floats(0, 0.999),
+    data=st.data(),
+)
+def test_schedule_is_the_cubic_and_monotone(total, start, length, final, data):
+    end = min(1.0, start + length)
+    steps = sorted(data.draw(st.lists(st.integers(0, total), min_size=2, max_size=6)))
+    values = [script.gmp_sparsity(t, total, start, end, final) for t in steps]
+    assert values == sorted(values)
+    for t, value in zip(steps, values, strict=True):
+        assert value == pytest.approx(literal_cubic(t, start * total, end * total, final), abs=1e-9)
+    assert script.gmp_sparsity(total, total, start, end, final) == final
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), sparsities=st.lists(st.floats(0, 1), min_size=1, max_size=4))
+def test_prune_removes_the_smallest_to_one_weight_and_for_ever(seed, sparsities):
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(2, 3, 4, generator=generator), torch.randn(5, 2, generator=generator)]
+    masks = [torch.ones_like(w, dtype=torch.bool) for w in weights]
+    gone: set[int] = set()
+    for sparsity in sparsities:
+        masks = script.prune(weights, masks, sparsity)
+        # literally: walk through all weights by size, what is gone first
+        flat = [w.item() for weight in weights for w in weight.flatten()]
+        order = sorted(range(len(flat)), key=lambda i: (i not in gone, abs(flat[i])))
+        gone |= set(order[: round(sparsity * len(flat))])
+        removed = {i for i, kept in enumerate(torch.cat([m.flatten() for m in masks])) if not kept}
+        assert removed == gone
+        for weight, mask in zip(weights, masks, strict=True):
+            weight.copy_(torch.randn(weight.shape, generator=generator) * mask)
+
+
+def train(agent: Agent, updates: int):
+    """Updates and interventions, one after the other."""
+    for _ in range(updates):
+        agent.update()
+        yield agent.intervene()
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("arch", ["shared", "moore"])
+def test_gmp_keeps_the_cubic_in_training_and_pruned_weights_and_moments_stay_zero(arch, scope):
+    agent = make_agent(arch=arch, prune_scope=scope, prune_every=20)
+    assert agent.total_updates == 200
+    previous = [torch.ones_like(layer.mask) for _, net, _ in agent.networks() for layer in net.layers]
+    for update, _ in enumerate(train(agent, 200), start=1):
+        if update % 20 == 0 or update % 20 == 5:
+            target = literal_cubic(update // 20 * 20, 10, 160, 0.95)
+            for _, network, optimizer in agent.networks():
+                for layer in network.layers:
+                    for value in (layer.weight, *moments(optimizer, layer.weight)):
+                        assert (value[~layer.mask] == 0).all() and (value != 0).any() == layer.mask.any()
+                matrices = [matrix for layer in network.layers for matrix in layer.mask]
+                if scope == "layer":
+                    assert all(abs(int((~m).sum()) - target * m.numel()) <= 0.5 for m in matrices)
+                else:
+                    total = sum(m.numel() for m in matrices)
+                    assert abs(sum(int((~m).sum()) for m in matrices) - target * total) <= 0.5
+        masks = [layer.mask.clone() for _, net, _ in agent.networks() for layer in net.layers]
+        assert not any((new & ~old).any() for new, old in zip(masks, previous, strict=True))
+        previous = masks
+    assert agent.densities()["sparsity/actor/density"] == pytest.approx(0.05, abs=1e-3)
+
+
+def test_only_the_asked_networks_are_pruned_and_never_heads_biases_or_the_mixing():
+    agent = make_agent(sparsify_critic=False)
+    for _ in train(agent, 200):
+        pass
+    density = agent.densities()
+    assert density["sparsity/actor/density"] < 0.1
+    assert density["sparsity/critic1/density"] == density["sparsity/critic2/density"] == 1
+    for parameter in (agent.actor.heads.weight, agent.actor.mixing, agent.critics[0].layers[0].weight):
+        assert (parameter != 0).all()
+    counts = agent.parameter_counts()
+    pruned = sum(int((layer.weight == 0).sum()) for layer in agent.actor.layers)
+    assert counts["actor"] - counts["actor_active"] == pruned and counts["critic"] == counts["critic_active"]
+
+
+def test_the_gradient_is_masked_before_it_is_clipped(monkeypatch):
+    agent = make_agent(max_grad_norm=1e-3)
+    for _ in train(agent, 200):
+        pass
+    seen = []
+    true_clip = torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters, limit):
+        norm = true_clip(parameters, limit)
+        seen.append(norm)
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    agent.update()
+    assert min(seen) > 1e-3  # something was clipped
+    for module in (agent.critics, agent.actor):
+        norm = torch.cat([p.grad.flatten() for p in module.parameters()]).norm().item()
+        assert norm == pytest.approx(1e-3, rel=1e-3)  # of what is left after masking
+
+
+# ------------------------------------------------------------------------------------------------------------- SET
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(5, 400), st.integers(5, 400)), min_size=1, max_size=4),
+    sparsity=st.floats(0, 0.99),
+)
+def test_erdos_renyi_counts_meet_the_sparsity_and_the_proportions(shapes, sparsity):
+    counts = script.erdos_renyi_counts(shapes, sparsity)
+    sizes = [a * b for a, b in shapes]
+    assert all(0 <= n <= size for n, size in zip(counts, sizes, strict=True))
+    assert abs(sum(counts) - (1 - sparsity) * sum(sizes)) <= len(shapes)
+    epsilons = [n / sum(s) for n, s, size in zip(counts, shapes, sizes, strict=True) if n < size - 1]
+    if epsilons:  # the same epsilon wherever a layer is not full, and full only where epsilon asks for more
+        assert max(epsilons) - min(epsilons) <= 1 / min(map(sum, shapes)) + 1e-9
+        for n, s, size in zip(counts, shapes, sizes, strict=True):
+            assert n < size - 1 or max(epsilons) * sum(s) >= size - sum(s) / min(map(sum, shapes)) - 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), density=st.floats(0.02, 1), zeta=st.floats(0, 1))
+def test_evolve_moves_the_smallest_connections_to_places_that_were_empty(seed, density, zeta):
+    torch.manual_seed(seed)
+    mask = script.random_mask((9, 11), max(1, round(density * 99)))
+    weight = torch.randn(9, 11) * mask
+    new = script.evolve(weight, mask, zeta)
+    active = [(i, j) for i, j in np.ndindex(9, 11) if mask[i, j]]
+    moved = min(int(zeta * len(active)), 99 - len(active))
+    smallest = sorted(active, key=lambda ij: abs(weight[ij].item()))[:moved]
+    dropped = {ij for ij in np.ndindex(9, 11) if mask[ij] and not new[ij]}
+    grown = {ij for ij in np.ndindex(9, 11) if new[ij] and not mask[ij]}
+    assert dropped == set(smallest)
+    assert len(grown) == moved and grown <= set(np.ndindex(9, 11)) - set(active)
+    assert new.sum() == mask.sum()
+
+
+def test_growth_is_uniform_over_the_empty_places():
+    torch.manual_seed(0)
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[0] = True
+    grown = sum((script.evolve(torch.rand(4, 5), mask, 0.4) & ~mask).float() for _ in range(3000))
+    assert grown[0].sum() == 0 and grown.sum() == 6000
+    assert grown[1:].min() > 300 and grown[1:].max() < 500  # 400 each
+
+
+def test_set_keeps_the_count_of_every_layer_and_new_weights_start_at_zero_without_a_past():
+    agent = make_agent(sparsify="set", evolve_every=10, zeta=0.3)
+    counts = [[int(m.sum()) for m in layer.mask] for _, net, _ in agent.networks() for layer in net.layers]
+    total = sum(layer.mask.numel() for layer in agent.actor.layers)
+    assert abs(sum(sum(c) for c in counts[:2]) - 0.05 * total) <= 4
+    for target, critic in zip(agent.targets, agent.critics, strict=True):
+        assert torch.equal(target.layers[0].weight, critic.layers[0].weight)
+    moved = 0
+    for update in range(1, 41):
+        agent.update()
+        before = [layer.mask.clone() for _, net, _ in agent.networks() for layer in net.layers]
+        agent.intervene()
+        now = [layer.mask.clone() for _, net, _ in agent.networks() for layer in net.layers]
+        assert [[int(m.sum()) for m in mask] for mask in now] == counts
+        moved += sum(int((new & ~old).sum()) for new, old in zip(now, before, strict=True))
+        assert update % 10 == 0 or all(torch.equal(new, old) for new, old in zip(now, before, strict=True))
+        layers = [(layer, optimizer) for _, net, optimizer in agent.networks() for layer in net.layers]
+        for (layer, optimizer), old in zip(layers, before, strict=True):
+            for value in (layer.weight, *moments(optimizer, layer.weight)):
+                assert (value[~layer.mask | ~old] == 0).all()
+    assert moved == 4 * sum(int(0.3 * n) for layer in counts for n in layer)
+
+
+# ------------------------------------------------------------------------------------------------ other interventions
+
+
+@pytest.mark.parametrize("arch", ["shared", "moe"])
+def test_redo_gives_dormant_units_a_new_start_and_leaves_the_rest(arch):
+    agent = make_agent(arch=arch, depth=3, prune_every=40, prune_scope="layer", intervention="redo", redo_every=10_000)
+    for _ in train(agent, 80):
+        pass
+    network, optimizer, obs = agent.actor, agent.actor_optimizer, agent.replay.sample(30)["obs"]
+    with torch.no_grad():
+        network.layers[0].bias[0, 0, :2] = -100  # two units that never fire, one of them without a connection
+        network.layers[0].mask[0, :, 1] = False
+        network.layers[0].weight[0, :, 1] = 0
+        network.layers[1].bias[-1, 0, 3] = -100
+    # literally
+    dormant = []
+    features, connected = network.features(obs), network.connected_units()
+    for h, alive in zip(features[: network.hidden], connected, strict=False):
+        units = [i for i in range(h.shape[1]) if alive[i]]
+        mean = np.mean([h[:, i].abs().mean().item() for i in units])
+        dormant.append({i for i in units if h[:, i].abs().mean().item() <= 0.001 * mean})
+    assert 0 in dormant[0] and 1 not in dormant[0] and 12 * (network.experts - 1) + 3 in dormant[1]
+    before = copy.deepcopy(network)
+    old_moments = [copy.deepcopy(moments(optimizer, layer.weight)) for layer in network.layers]
+    assert script.recycle(network, optimizer, obs, 0.001) == sum(map(len, dormant))
+    dormant += [set()] * (len(network.layers) - len(dormant))
+    for index, (layer, old) in enumerate(zip(network.layers, before.layers, strict=True)):
+        bound = math.sqrt(6 / layer.weight.shape[1])
+        for e, i, o in np.ndindex(*layer.weight.shape):
+            incoming = e * 12 + o in dormant[index]
+            outgoing = index > 0 and e * 12 + i in dormant[index - 1]
+            w, m = layer.weight[e, i, o], moments(optimizer, layer.weight)[0][e, i, o]
+            if outgoing or (incoming and not layer.mask[e, i, o]):
+                assert w == 0 and m == 0
+            elif incoming:
+                assert w != old.weight[e, i, o] and abs(w) <= bound and m == 0
+            else:
+                assert w == old.weight[e, i, o] and m == old_moments[index][0][e, i, o]
+        for e, o in np.ndindex(layer.bias.shape[0], 12):
+            expected = 0 if e * 12 + o in dormant[index] else old.bias[e, 0, o]
+            assert layer.bias[e, 0, o] == expected
+    if arch == "shared":
+        last = sorted(dormant[2])
+        assert (network.heads.weight[:, last] == 0).all()
+        rest = [i for i in range(12) if i not in last]
+        assert torch.equal(network.heads.weight[:, rest], before.heads.weight[:, rest])
+
+
+def test_redo_and_reset_come_when_they_should():
+    agent = make_agent(intervention="reset", reset_every=30, sparsify="none")
+    previous, changed = None, []
+    for update, report in enumerate(train(agent, 100), start=1):
+        weight = agent.actor.heads.weight.detach().clone()
+        if "method/resets" in report:
+            changed.append(update)
+            assert weight.abs().max() <= 1e-3 and not torch.equal(weight, previous)
+            assert all((m == 0).all() for m in moments(agent.actor_optimizer, agent.actor.heads.weight))
+            for critic, target in zip(agent.critics, agent.targets, strict=True):
+                assert critic.heads.weight.abs().max() <= 3e-3
+                assert torch.equal(critic.heads.weight, target.heads.weight)
+        previous = weight
+    assert changed == [30, 60]  # at most two
+    agent = make_agent(intervention="redo", redo_every=30, sparsify="none")
+    reports = [update for update, report in enumerate(train(agent, 100), start=1) if report]
+    assert reports == [30, 60, 90]
+
+
+def test_weight_decay_is_adamws():
+    weights = []
+    for intervention in ("none", "weight-decay"):
+        agent = make_agent(intervention=intervention, weight_decay=0.1, sparsify="none", learning_rate=1e-2)
+        before = agent.actor.layers[0].weight.detach().clone()
+        torch.manual_seed(0)
+        agent.update()
+        weights.append(agent.actor.layers[0].weight.detach().clone())
+    torch.testing.assert_close(weights[0] - weights[1], 1e-2 * 0.1 * before, atol=1e-6, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- SAC
+
+
+def test_losses_are_multi_task_sacs():
+    agent = make_agent(arch="shared")
+    agent.log_alpha.data.copy_(torch.tensor([-0.7, 0.1, 0.5]))
+    for network in (agent.actor, *agent.critics, *agent.targets):
+        large_heads(network)
+    batch, alpha = agent.replay.sample(6), agent.log_alpha.exp().tolist()
+    torch.manual_seed(5)
+    action, log_prob = agent.actor.sample(batch["next_obs"])
+    y = np.zeros((3, 6))
+    for task, n in np.ndindex(3, 6):
+        sa = torch.cat([batch["next_obs"][task, n], action[task, n]])
+        q = min(literal_output(target, sa, task).item() for target in agent.targets)
+        y[task, n] = batch["reward"][task, n].item() + 0.9 * (q - alpha[task] * log_prob[task, n].item())
+    max_q = float(np.median(np.abs(y)))  # so that half of them are clipped
+    y = y.clip(-max_q, max_q)
+    torch.manual_seed(5)
+    learners = (agent.actor, agent.critics, agent.targets, agent.log_alpha)
+    losses, _ = script.critic_loss(*learners, batch, 0.9, max_q)
+    for task in range(3):
+        expected = 0.0
+        for n in range(6):
+            sa = torch.cat([batch["obs"][task, n], batch["action"][task, n]])
+            expected += sum((literal_output(critic, sa, task).item() - y[task, n]) ** 2 for critic in agent.critics) / 6
+        assert losses[task].item() == pytest.approx(expected, rel=1e-3)
+
+    torch.manual_seed(6)
+    losses, mean_log_prob = script.actor_loss(agent.actor, agent.critics, agent.log_alpha, batch["obs"])
+    torch.manual_seed(6)
+    action, log_prob = agent.actor.sample(batch["obs"])
+    q = torch.min(*(critic.q(batch["obs"], action) for critic in agent.critics))
+    for task in range(3):
+        expected = (alpha[task] * log_prob[task] - q[task]).mean().item()
+        assert losses[task].item() == pytest.approx(expected, rel=1e-3)
+        assert mean_log_prob[task].item() == pytest.approx(log_prob[task].mean().item(), rel=1e-4)
+
+
+def test_update_moves_every_network_and_each_temperature_by_its_own_task(monkeypatch):
+    agent = make_agent()
+    true_loss = agent.actor_loss
+    log_prob = torch.tensor([9.0, 4.0, -9.0])  # entropy below, at and above its target -4
+    agent.actor_loss = lambda *inputs: (true_loss(*inputs)[0], log_prob)
+    before = {name: p.detach().clone() for name, p in agent.named_weights()}
+    agent.update()
+    after = dict(agent.named_weights())
+    for name, value in before.items():
+        if name.startswith("targets"):
+            online = after[name.replace("targets", "critics")]
+            torch.testing.assert_close(after[name], value + agent.args.tau * (online - value))
+        elif name.endswith("weight"):
+            assert not torch.equal(after[name], value), name
+    assert agent.log_alpha[0] > 0 and agent.log_alpha[1] == 0 and agent.log_alpha[2] < 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(capacity=st.integers(1, 12), added=st.integers(1, 40))
+def test_replay_keeps_the_latest_transitions_of_each_task(capacity, added):
+    replay = ReplayBuffer(2, capacity, 2, 1, CPU)
+    for n in range(added):
+        value = np.array([n, 1000 + n], np.float32)
+        replay.add(np.stack([value, value], 1), np.stack([value, value], 1) + 0.5, -value[:, None], value)
+    batch = replay.sample(200)
+    for task in range(2):
+        kept = {1000.0 * task + n for n in range(max(0, added - capacity), added)}
+        assert set(batch["reward"][task].tolist()) == kept or capacity > 8
+        assert set(batch["reward"][task].tolist()) <= kept
+    assert torch.equal(batch["next_obs"][..., 0], batch["reward"] + 0.5)
+    assert torch.equal(batch["obs"][..., 1], batch["reward"]) and torch.equal(batch["action"][..., 0], -batch["reward"])
+    other = ReplayBuffer(2, capacity, 2, 1, CPU)
+    other.load_state_dict(replay.state_dict())
+    assert all(torch.equal(other.data[name], replay.data[name]) for name in replay.data) and len(other) == len(replay)
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+@pytest.mark.parametrize("arch", ["shared", "moore"])
+def test_plasticity_metrics_against_literal_versions(arch):
+    agent = make_agent(arch=arch)
+    for _ in train(agent, 120):  # a mask on actor and critics
+        pass
+    state = torch.get_rng_state()
+    scalars = agent.plasticity()
+    assert torch.equal(torch.get_rng_state(), state)  # metrics take nothing from the training's stream
+    torch.manual_seed(agent.args.seed)
+    batch = agent.replay.sample(script.METRIC_BATCH // 3)
+    action, _ = agent.actor.sample(batch["obs"])
+    losses, _ = script.actor_loss(agent.actor, agent.critics, agent.log_alpha, batch["obs"])
+
+    # dormant ratio over the units that have a connection
+    dormant = units = 0
+    for h, layer in zip(agent.actor.features(batch["obs"]), agent.actor.layers, strict=True):
+        assert len(h) == 3 * (script.METRIC_BATCH // 3)
+        connected = layer.mask.any(1).flatten()
+        if len(connected) > h.shape[1]:  # the mixture of what the experts say
+            connected = layer.mask.any(1).any(0)
+        magnitude = h.abs().mean(0)[connected]
+        dormant += int((magnitude <= 0.001 * magnitude.mean()).sum())
+        units += len(magnitude)
+    assert units < sum(h.shape[1] for h in agent.actor.features(batch["obs"]))
+    assert scalars["plasticity/actor/dormant_ratio"].item() == pytest.approx(dormant / units)
+
+    # mean pairwise cosine of the tasks' gradients in the trunk
+    rows = []
+    for task in range(3):
+        agent.actor.zero_grad()
+        losses[task].backward(retain_graph=True)
+        rows.append(torch.cat([(layer.weight.grad * layer.mask).flatten() for layer in agent.actor.layers]))
+    pairs = [F.cosine_similarity(rows[i], rows[j], dim=0).item() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert scalars["plasticity/actor/gradient_cosine"].item() == pytest.approx(np.mean(pairs), abs=1e-4)
+
+    # Fisher trace, a sample at a time
+    u, total = torch.atanh(action.detach().clamp(-1 + 1e-6, 1 - 1e-6)), 0.0
+    masks = {f"layers.{i}.weight": layer.mask for i, layer in enumerate(agent.actor.layers)}
+    for task, n in np.ndindex(*u.shape[:2]):
+        agent.actor.zero_grad()
+        mean, log_std = agent.actor.distribution(batch["obs"][task, n][None, None], slice(task, task + 1))
+        torch.distributions.Normal(mean[0, 0], log_std[0, 0].exp()).log_prob(u[task, n]).sum().backward()
+        for name, p in agent.actor.named_parameters():
+            total += (p.grad * masks.get(name, 1)).square().sum().item()
+    assert scalars["plasticity/actor/fisher_trace"].item() == pytest.approx(total / u[..., 0].numel(), rel=1e-3)
+
+
+# --------------------------------------------------------------------------------------------- whole runs, real tasks
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("gmp") / "run"
+    results = script.main(Args(**TINY, run_dir=str(run_dir)))
+    return {"run_dir": run_dir, "results": results, "checkpoint": load_checkpoint(str(run_dir), "sparse_mtrl_gmp_set")}
+
+
+def command_line(**options) -> list[str]:
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+def start(*words, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "sparse_mtrl_gmp_set.py"), *words, *command_line(**options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_same_tensors(one, two, where: str = "") -> None:
+    """Equal bytes in nested dicts and lists, NaN included."""
+    assert type(one) is type(two), where
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype and one.shape == two.shape, where
+        assert one.contiguous().numpy().tobytes() == two.contiguous().numpy().tobytes(), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            assert_same_tensors(one[key], two[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two), where
+        for index, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert_same_tensors(a, b, f"{where}/{index}")
+    else:
+        assert one == two, where
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Same weights, masks, moments, buffer, random states and evaluations, byte by byte, and the same metrics."""
+    first, second = (load_checkpoint(str(run), "sparse_mtrl_gmp_set") for run in (one, two))
+    for checkpoint in (first, second):
+        del checkpoint["record"]["seconds"], checkpoint["at"]["next_checkpoint"]
+    assert_same_tensors(first, second)
+    assert (one / "evaluations.csv").read_bytes() == (two / "evaluations.csv").read_bytes()
+    results = [json.loads((run / "results.json").read_text()) for run in (one, two)]
+    for name in ("metrics", "tasks", "global_step", "parameters"):
+        assert results[0][name] == results[1][name]
+
+
+def test_the_command_leaves_every_file_and_ends_with_a_table(finished_run, tmp_path):
+    run = start(**(TINY | {"run_dir": tmp_path / "run", "quiet": False}))
+    out, err = run.communicate(timeout=600)
+    assert run.returncode == 0, err
+    assert "final_success" in out and "mean success" in out and str(tmp_path / "run") in out
+    assert (tmp_path / "run" / "summary.png").stat().st_size > 10_000
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["script"] == "sparse_mtrl_gmp_set" and results["global_step"] == 900 and len(results["tasks"]) == 3
+    report = results["metrics"]
+    assert report["updates"] == 200 and report["sparsity/actor/density"] == pytest.approx(0.05, abs=1e-3)
+    assert report["final_success"] == pytest.approx(np.mean([task["final_success"] for task in results["tasks"]]))
+    with open(tmp_path / "run" / "evaluations.csv", newline="") as file:
+        rows = [(int(r["global_step"]), int(r["phase"]), int(r["task_index"])) for r in csv.DictReader(file)]
+    assert rows == [(step, 0, task) for step in (450, 900) for task in range(3)]
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+    # a subprocess and a call of main are the same run
+    assert_same_run(tmp_path / "run", finished_run["run_dir"])
+
+
+def test_warm_up_updates_and_pruning_come_at_their_steps(finished_run):
+    checkpoint = finished_run["checkpoint"]
+    assert checkpoint["agent"]["updates"] == 200 and checkpoint["agent"]["replay"]["added"] == 300
+    density = checkpoint["record"]["curves"]["density"]["actor"]
+    expected = {step: 1 - literal_cubic(update, 10, 160, 0.95) for step, update in ((450, 50), (600, 100), (750, 150))}
+    seen = dict(density)
+    for step, value in expected.items():
+        assert seen[step] == pytest.approx(value, abs=2e-3)
+    warm_up = checkpoint["agent"]["replay"]["data"]["action"][:, :100]
+    assert warm_up.min() < -0.95 and warm_up.max() > 0.95 and abs(warm_up.mean()) < 0.1
+
+
+def test_killed_at_random_moments_and_resumed_it_is_the_same_run(finished_run, tmp_path):
+    run_dir, rng = tmp_path / "run", np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    run = start(**TINY, run_dir=run_dir)
+    for kill in range(2):
+        while not (run_dir / "checkpoint.pt").exists() and run.poll() is None:
+            time.sleep(0.1)
+        time.sleep(rng.uniform(0, 3))
+        run.send_signal(signal.SIGTERM if kill else signal.SIGKILL)
+        _, err = run.communicate(timeout=120)
+        assert run.returncode in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0), err
+        run = start("--resume", str(run_dir))
+    _, err = run.communicate(timeout=600)
+    assert run.returncode == 0, err
+    assert_same_run(run_dir, finished_run["run_dir"])
+
+
+@pytest.mark.parametrize("sparsify", ["gmp", "set"])
+def test_stopped_in_training_or_evaluation_it_goes_on_to_the_same_bytes(finished_run, tmp_path, monkeypatch, sparsify):
+    """A signal in the middle of an episode, with moments and masks, then one in the middle of an evaluation."""
+    whole = finished_run["run_dir"]
+    options = TINY | {"sparsify": sparsify, "intervention": "redo", "redo_every": 60}
+    if sparsify == "set":
+        whole = tmp_path / "whole"
+        script.main(Args(**options, run_dir=str(whole)))
+    else:
+        options = TINY
+    run_dir, calls = tmp_path / "run", {"update": 0, "evaluate": 0}
+    true_update, true_evaluate = Agent.update, script.evaluate_task
+
+    def update(agent):
+        calls["update"] += 1
+        if calls["update"] == 70:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_update(agent)
+
+    def evaluate(*arguments):
+        calls["evaluate"] += 1
+        if calls["evaluate"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_evaluate(*arguments)
+
+    monkeypatch.setattr(Agent, "update", update)
+    monkeypatch.setattr(script, "evaluate_task", evaluate)
+    resume = {}
+    for _ in range(2):
+        with pytest.raises(Interrupted, match=f"--resume {run_dir}"):
+            script.main(Args(**options, run_dir=str(run_dir), **resume))
+        resume = {"resume": str(run_dir)}
+    script.main(Args(**options, run_dir=str(run_dir), **resume))
+    assert_same_run(run_dir, whole)
+
+
+def test_worker_processes_change_nothing(finished_run):
+    """Observations, rewards and random states of two processes equal those of one."""
+    arguments = (["reach-v3", "push-v3", "drawer-close-v3"], [5, 6, 7], 20, "v2")
+    alone, workers = script.TaskEnvs(*arguments), script.WorkerEnvs(*arguments, 2)
+    rng = np.random.default_rng(0)
+    try:
+        for _ in range(2):
+            assert workers.rng_states() == alone.rng_states()
+            np.testing.assert_array_equal(workers.reset(), alone.reset())
+            for _ in range(20):
+                actions = rng.uniform(-1, 1, (3, ACT_DIM)).astype(np.float32)
+                for mine, other in zip(workers.step(actions), alone.step(actions), strict=True):
+                    np.testing.assert_array_equal(mine, other)
+        states = alone.rng_states()
+        first = alone.reset()
+        workers.set_rng_states(states)
+        np.testing.assert_array_equal(workers.reset(), first)
+    finally:
+        workers.close()
+        alone.close()
+
+
+BAD_ARGUMENTS = {
+    "unknown task": (["--benchmark", "reech"], r"--benchmark reech: .*reach-v3"),
+    "twice": (["--benchmark", "reach,reach"], r"--benchmark reach,reach: must be a list without repetition"),
+    "arch": (["--arch", "more"], r"--arch more: must be one of shared, moe, moore"),
+    "sparsify": (["--sparsify", "rigl"], r"--sparsify rigl: must be one of none, gmp, set"),
+    "intervention": (["--intervention", "redoo"], r"--intervention redoo: must be one of none, redo"),
+    "sparsity": (["--sparsity", "1"], r"--sparsity 1\.0: must be at least 0 and below 1"),
+    "window": (["--prune-start", "0.9"], r"--prune-start 0\.9: must be at least 0 and below --prune-end 0\.8"),
+    "never pruned": (["--total-steps", "60000"], r"--prune-every 5000: must be smaller"),
+    "warm-up": (["--total-steps", "30000"], r"--learning-starts 40000: must be below --total-steps 30000"),
+    "depth": (["--arch", "moe", "--depth", "1"], r"--depth 1: must be at least 2 with --arch moe"),
+    "zeta": (["--zeta", "1.5"], r"--zeta 1\.5: must be between 0 and 1"),
+    "workers": (["--num-workers", "11"], r"--num-workers 11: must be at most the number of tasks, 10"),
+    "rate": (["--learning-rate", "0"], r"--learning-rate 0\.0: must be a positive number"),
+    "cuda": (["--device", "cuda"], r"--device cuda: .*no CUDA"),
+    "nothing to resume": (["--resume", "nothing"], r"nothing: no readable run"),
+    "nothing to evaluate": (["--evaluate", "nothing"], r"nothing: no readable run"),
+    "unwritable": (["--run-dir", "/dev/null/run"], r"--run-dir /dev/null/run: cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_give_one_line_and_exit_2(case, monkeypatch, capsys, tmp_path):
+    words, expected = BAD_ARGUMENTS[case]
+    if case == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert_refused(words, expected, monkeypatch, capsys, tmp_path)
+
+
+def assert_refused(words: list[str], expected: str, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr("sys.argv", ["sparse_mtrl_gmp_set.py", *words])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as leaving:
+        script.run(script.main, Args, {"quick": script.QUICK})
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 2
+    assert re.search(expected, err) and err.count("\n") == 1 and out == "", (out, err)
+    assert sorted(tmp_path.iterdir()) == before  # no folder is left behind
+
+
+def test_bad_resumes_give_one_line_and_exit_2(finished_run, monkeypatch, capsys, tmp_path):
+    run_dir = shutil.copytree(finished_run["run_dir"], tmp_path / "run")
+    (run_dir / "results.json").unlink()
+    words = ["--resume", str(run_dir)]
+    for flag, value, stored in (("--total-steps", "1200", "900"), ("--sparsity", "0.5", r"0\.95")):
+        assert_refused([*words, flag, value], rf"{flag} .*contradicts.*{stored}", monkeypatch, capsys, tmp_path)
+    assert_refused(["--run-dir", str(run_dir)], r"holds a run already.*--resume", monkeypatch, capsys, tmp_path)
+    checkpoint = run_dir / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    assert_refused(words, r"checkpoint\.pt: damaged", monkeypatch, capsys, tmp_path)
+    torch.save({"script": "ssde"}, checkpoint)
+    assert_refused(words, r"not a checkpoint of sparse_mtrl_gmp_set", monkeypatch, capsys, tmp_path)
+
+
+def test_the_presets_and_the_papers_settings_are_accepted():
+    for options in ({}, script.QUICK, {"benchmark": "mt50"}, {"sparsify": "set", "arch": "moe"}):
+        script.check_args(Args(**options))
+    assert script.count_updates(Args(), 10) == 1_996_000
+
+
+def test_help_names_every_argument():
+    out, _ = start("--help").communicate(timeout=120)
+    for name in Args.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in out
+
+
+def test_a_run_killed_before_its_results_were_written_ends_on_resume(finished_run, tmp_path):
+    run_dir = shutil.copytree(finished_run["run_dir"], tmp_path / "run")
+    (run_dir / "results.json").unlink()
+    script.main(Args(**TINY, run_dir=str(finished_run["run_dir"]), resume=str(run_dir)))
+    assert_same_run(run_dir, finished_run["run_dir"])
+
+
+def test_resuming_a_finished_run_returns_its_result(finished_run):
+    run_dir = str(finished_run["run_dir"])
+    before = (finished_run["run_dir"] / "checkpoint.pt").read_bytes()
+    assert script.main(Args(**TINY, run_dir=run_dir, resume=run_dir)) == finished_run["results"]
+    assert (finished_run["run_dir"] / "checkpoint.pt").read_bytes() == before
+
+
+def test_evaluate_gives_the_last_evaluation_of_the_run(finished_run, capsys):
+    """Same policies, same goals, same numbers; nothing in the folder changes."""
+    run_dir = finished_run["run_dir"]
+    before = {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+    seen = script.main(Args(evaluate=str(run_dir), episodes=1))
+    assert [result["episode_return"] for result in seen.values()] == [
+        task["final_return"] for task in finished_run["results"]["tasks"]
+    ]
+    assert "push-v3" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()} == before
+
+
+def test_evaluating_more_often_changes_nothing_in_training(finished_run, tmp_path):
+    options = TINY | {"eval_every": 150, "eval_episodes": 2}
+    script.main(Args(**options, run_dir=str(tmp_path / "run")))
+    often, seldom = load_checkpoint(str(tmp_path / "run"), "sparse_mtrl_gmp_set"), finished_run["checkpoint"]
+    assert_same_tensors(often["agent"], seldom["agent"])
+    assert_same_tensors(often["random"], seldom["random"])
+
+
+def test_a_loss_that_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(tmp_path, monkeypatch, capsys):
+    true_update = Agent.update
+
+    def update(agent):
+        losses = true_update(agent)
+        if agent.updates == 60:
+            agent.log_alpha.data[1] = math.nan
+        return losses
+
+    monkeypatch.setattr(Agent, "update", update)
+    monkeypatch.setattr("sys.argv", ["sparse_mtrl_gmp_set.py", *command_line(**TINY, run_dir=tmp_path / "run")])
+    with pytest.raises(SystemExit) as leaving:
+        script.run(script.main, Args)
+    err = capsys.readouterr().err
+    assert leaving.value.code == 1 and "is not finite at step" in err and err.count("\n") == 1
+    checkpoint = load_checkpoint(str(tmp_path / "run"), "sparse_mtrl_gmp_set")
+    assert checkpoint["agent"]["log_alpha"].isfinite().all() and checkpoint["agent"]["updates"] <= 60
+
+
+# --------------------------------------------------------------------------------------------------------- learning
+
+
+class Point(gym.Env):
+    """A point on a line that should go right in one task and left in the other; the observation does not tell which."""
+
+    def __init__(self, task: str, seed: int, max_episode_steps: int, **_):
+        self.goal = {"reach-v3": 0.8, "push-v3": -0.8}[task]
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+        self.np_random = np.random.default_rng(seed)
+        self.limit = max_episode_steps
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.np_random = np.random.default_rng(seed)
+        self.position, self.steps = self.np_random.uniform(-1, 1), 0
+        return self._observation(), {}
+
+    def _observation(self):
+        return np.array([self.position, 1.0], dtype=np.float32)
+
+    def step(self, action):
+        self.position = float(np.clip(self.position + 0.2 * action[0], -1, 1))
+        self.steps += 1
+        distance = abs(self.position - self.goal)
+        info = {"success": float(distance < 0.1 and self.steps == self.limit)}  # at the goal when the episode ends
+        return self._observation(), -distance, False, self.steps == self.limit, info
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "sparsify"), [("shared", "gmp"), ("moore", "set")])
+def test_two_opposite_tasks_are_learned_with_a_tenth_of_the_weights(arch, sparsify, tmp_path, monkeypatch):
+    """Whoever mixes up heads, tasks, signs or masks stays at a success near 0.1."""
+    monkeypatch.setattr(
+        script, "make_env", lambda task, seed, max_episode_steps=20, **_: Point(task, seed, max_episode_steps)
+    )
+    options = {
+        "benchmark": "reach,push",
+        "total_steps": 4400,
+        "episode_steps": 20,
+        "learning_starts": 400,
+        "eval_every": 4400,
+        "eval_episodes": 20,
+        "arch": arch,
+        "sparsify": sparsify,
+        "sparsify_critic": True,
+        "sparsity": 0.9,
+        "experts": 2,
+        "width": 48,
+        "depth": 2,
+        "batch_per_task": 32,
+        "prune_every": 100,
+        "evolve_every": 100,
+        "learning_rate": 3e-3,
+        "gamma": 0.9,
+        "checkpoint_every": 0,
+        "quiet": True,
+    }
+    results = script.main(Args(**options, run_dir=str(tmp_path / "run")))
+    assert results["metrics"]["sparsity/actor/density"] == pytest.approx(0.1, abs=0.01)
+    for task in results["tasks"]:
+        assert task["final_success"] >= 0.8 and task["final_return"] > -8  # a random policy: -16
