@@ -166,8 +166,8 @@ class Args:
     """experience review"""
     review_interval: int = 1000
     """critic updates between measurements of the dormant ratio"""
-    review_threshold: float = 0.01
-    """epsilon: review while the smoothed change of the critics' dormant ratio is below"""
+    review_threshold: float = 0.001
+    """epsilon: review while the smoothed change of the critics' dormant ratio is below (with 0.01: nearly always)"""
     review_probability: float = 0.5
     """probability of a batch from the oldest transitions while in review"""
     review_fraction: float = 0.3
@@ -483,7 +483,10 @@ class Agent:
         return self.args.method == "ne" and self.args.review and self.change < self.args.review_threshold
 
     def update(self) -> dict[str, Tensor]:
-        """One update of the critics and, every `policy_delay`-th time, of actor and targets. Returns the losses."""
+        """One update of the critics and, every `policy_delay`-th time, of actor and targets. Returns the latest losses.
+
+        Nothing waits for the device but topology updates and measurements of the dormant ratio, which are rare.
+        """
         args, oldest = self.args, 1.0
         if self.in_review:
             self.reviews += 1

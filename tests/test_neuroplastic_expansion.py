@@ -368,6 +368,18 @@ def test_review_draws_half_of_the_batches_from_the_oldest_transitions(monkeypatc
         assert not other.in_review
 
 
+def test_the_method_takes_no_random_numbers_from_td3():
+    states = []
+    for method in ("td3", "ne"):
+        agent = make_agent(method=method, topology_interval=2, review_threshold=0.0 if method == "td3" else 1.0)
+        agent.change = 0.0
+        for _ in range(4):
+            agent.update()
+        states.append(torch.get_rng_state())
+    assert agent.reviews == 4 and sum(agent.pruned_and_grown["critic"]) > 0
+    assert torch.equal(*states)
+
+
 def test_the_dormant_ratio_is_measured_at_its_interval():
     agent = make_agent(review_interval=7)
     for update in range(1, 22):
