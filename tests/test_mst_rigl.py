@@ -38,7 +38,7 @@ TINY = {
     "batch_size": 16,
     "target_update": 50,
     "width_scale": 1 / 32,
-    "rigl_interval": 40,
+    "rigl_interval": 100,
     "quiet": True,
 }
 
@@ -685,8 +685,7 @@ def test_rigl_moves_the_critics_connections_and_nothing_moves_the_actors(finishe
     interval, last = TINY["rigl_interval"], int(0.75 * (TINY["total_steps"] - TINY["learning_starts"]))
     for update, (now, then) in enumerate(pairwise(masks), start=2):  # the first entry is after update 1
         moved = any(not torch.equal(now["critic"][key], then["critic"][key]) for key in now["critic"])
-        due = update % interval == 0 and update < last
-        assert moved == (due and mst_rigl.rigl_fraction(update, last, 0.3) > 0.02), update  # else not one connection
+        assert moved == (update % interval == 0 and update < last), update
     assert all(torch.equal(masks[0]["actor"][key], mask) for key, mask in masks[-1]["actor"].items())
     assert masks[0]["actor"] and masks[0]["encoder"] == {}
     metrics = finished_run["results"]["metrics"]

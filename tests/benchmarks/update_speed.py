@@ -215,11 +215,49 @@ def gmp_set_cases() -> dict[str, Callable[[Args], Case]]:
     }
 
 
+# -------------------------------------------------------------------------------------------------------- mst_rigl
+
+
+def mst_rigl_case(preset: str, args: Args, **changes) -> Case:
+    """MR.Q on the sizes of humanoid-run (67, 21) with a full buffer; an average step of a whole target cycle.
+
+    That is one update of the encoder and one of critics and actor: copying the targets, and drawing the encoder's
+    batches, comes once in 250 steps.
+    """
+    import mst_rigl
+
+    options = mst_rigl.PRESETS[f"preset {preset}"] | {"total_steps": 500_000, "compile": args.compile} | changes
+    agent = mst_rigl.Agent(mst_rigl.Args(**options), 67, 21, torch.device(args.device))
+    replay = agent.replay
+    for name, column in replay.data.items():
+        column.normal_() if name in ("obs", "action", "reward") else column.fill_(1)
+    replay.size = replay.capacity
+    agent.copy_targets()
+    rows = replay.sample_rows(agent.args.batch_size)
+
+    def update() -> None:
+        agent.update_encoder(rows)
+        agent.update_critic_and_actor(replay.sample_rows(agent.args.batch_size))
+
+    observation = np.zeros(67, dtype=np.float32)
+    return Case(update, lambda: agent.act(observation, explore=True), agent.state_dict)
+
+
+def mst_rigl_cases() -> dict[str, Callable[[Args], Case]]:
+    return {
+        "MR.Q, dense": functools.partial(mst_rigl_case, "mrq"),
+        "MR.Q, RigL critic": functools.partial(mst_rigl_case, "mrq", critic_regime="rigl"),
+        "MR.Q, dense, bf16": functools.partial(mst_rigl_case, "mrq", bf16=True),
+        "MST": functools.partial(mst_rigl_case, "mst"),
+    }
+
+
 CASES: dict[str, Callable[[], dict[str, Callable[[Args], Case]]]] = {
     "ssde": ssde_cases,
     "nbsp": nbsp_cases,
     "neuroplastic_expansion": neuroplastic_expansion_cases,
     "sparse_mtrl_gmp_set": gmp_set_cases,
+    "mst_rigl": mst_rigl_cases,
 }
 
 
