@@ -243,10 +243,11 @@ class MultiTaskNetwork(nn.Module):
         its own weights, tanh(sum_j w_j(task) E_j(x)); w is a linear map, without bias, of the task's one-hot.
     moore: the same after the k outputs were made orthonormal for every sample (arXiv 2311.11385).
 
+    `--intervention layernorm` normalises before each ReLU.
+
     Args:
         inputs, outputs: sizes of one sample.
         head_scale: the heads begin as U(-head_scale, head_scale).
-        layernorm: normalise before each hidden activation.
     """
 
     def __init__(self, args: Args, tasks: int, inputs: int, outputs: int, head_scale: float):
@@ -435,13 +436,12 @@ def evolve(weight: Tensor, mask: Tensor, zeta: float) -> Tensor:
 
 @torch.no_grad()
 def apply_mask(layer: ExpertLinear, mask: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Give `layer` a new mask (k, inputs, outputs). Weights and moments become 0 except where old and new mask agree.
+    """Give `layer` a new mask (k, inputs, outputs): weights and moments outside it become 0.
 
-    So a dropped weight is gone, and a grown one starts from 0 without a past.
+    A connection that is grown starts from 0 and without a past, since all that was missing is 0 already.
     """
-    lost = ~(layer.mask & mask)
-    layer.weight[lost] = 0
-    zero_moments(optimizer, layer.weight, lost)
+    layer.weight[~mask] = 0
+    zero_moments(optimizer, layer.weight, ~mask)
     layer.mask.copy_(mask)
 
 
@@ -594,9 +594,8 @@ class Agent:
 
     def sparse_networks(self) -> list[tuple[MultiTaskNetwork, torch.optim.Optimizer]]:
         """Those that are to be sparsified."""
-        wanted = {"actor": self.args.sparsify_actor, "critic1": self.args.sparsify_critic}
-        wanted["critic2"] = wanted["critic1"]
-        return [(net, optimizer) for name, net, optimizer in self.networks() if wanted[name]]
+        actor, critic = self.args.sparsify_actor, self.args.sparsify_critic
+        return [(net, optimizer) for name, net, optimizer in self.networks() if (actor if name == "actor" else critic)]
 
     def _draw_sparse_layers(self) -> None:
         """SET's initial connections. An expert's matrix counts as a layer of its own."""
@@ -642,8 +641,9 @@ class Agent:
             q_input = torch.cat([batch["obs"], batch["action"]], -1)
             for name, network, optimizer in self.networks():
                 inputs = batch["obs"] if name == "actor" else q_input
-                report[f"method/recycled/{name}"] = recycle(network, optimizer, inputs, args.dormant_tau)
-            self.recycled += int(sum(report[f"method/recycled/{name}"] for name, *_ in self.networks()))
+                recycled = recycle(network, optimizer, inputs, args.dormant_tau)
+                report[f"method/recycled/{name}"] = recycled
+                self.recycled += recycled
         if args.intervention == "reset" and self.updates % args.reset_every == 0 and self.resets < MAX_RESETS:
             for _, network, optimizer in self.networks():
                 reset_heads(network, optimizer)
@@ -715,7 +715,7 @@ class Agent:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.args.seed)
             batch = self.replay.sample(max(1, METRIC_BATCH // self.tasks))
-            action, _ = self.actor.sample(batch["obs"])
+            trace = fisher_trace(self.actor, batch["obs"])
             actor_losses, _ = actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])
             learners = (self.actor, self.critics, self.targets, self.log_alpha)
             q_losses, _ = critic_loss(*learners, batch, self.args.gamma, self.args.max_q)
@@ -724,7 +724,7 @@ class Agent:
             "actor": ([self.actor], batch["obs"], actor_losses),
             "critic": (list(self.critics), q_input, q_losses),
         }
-        scalars = {}
+        scalars = {"plasticity/actor/fisher_trace": trace}
         for name, (networks, inputs, losses) in parts.items():
             features = [network.features(inputs) for network in networks]
             hidden = [h for layers in features for h in layers]
@@ -740,7 +740,6 @@ class Agent:
             }
             if self.tasks > 1:
                 scalars[prefix + "gradient_cosine"] = metrics.gradient_cosine(trunk_gradients(networks[0], losses))
-        scalars["plasticity/actor/fisher_trace"] = fisher_trace(self.actor, batch["obs"], action.detach())
         return scalars
 
     def parameter_counts(self) -> dict[str, int]:
@@ -785,13 +784,15 @@ def trunk_gradients(network: MultiTaskNetwork, losses: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def fisher_trace(actor: Actor, obs: Tensor, action: Tensor) -> Tensor:
-    """E ||grad_theta log pi(a|s)||^2 over the samples of all tasks, theta without the missing connections (paper C.2).
+def fisher_trace(actor: Actor, obs: Tensor) -> Tensor:
+    """E ||grad_theta log pi(a|s)||^2 over the samples of all tasks, a ~ pi, without missing connections (paper C.2).
 
-    obs, action: (tasks, batch, ...), actions of the present policy in (-1, 1).
+    obs: (tasks, batch, obs_dim). The actions before the squash serve, as its Jacobian has no parameters.
     """
     masks = {f"layers.{i}.weight": layer.mask for i, layer in enumerate(actor.layers)}
-    u = torch.atanh(action.clamp(-1 + 1e-6, 1 - 1e-6))  # before the squash, whose Jacobian has no parameters
+    with torch.no_grad():
+        mean, log_std = actor.distribution(obs)
+        u = mean + log_std.exp() * torch.randn_like(mean)
 
     def log_prob(task: int, parameters: dict[str, Tensor], obs: Tensor, u: Tensor) -> Tensor:
         present = {name: p * masks[name] if name in masks else p for name, p in parameters.items()}
