@@ -370,6 +370,8 @@ def print_results(results: dict, run_dir) -> None:
 def draw_summary(path: Path, rows: list[dict], curves: dict[str, dict[str, list]], title: str, draw_below=None) -> None:
     """Draw success (or return) per task over training, phase borders as dotted lines, dormant ratio and density below.
 
+    Tasks that are all learned in one phase get their mean as a black line.
+
     curves: points [step, value] by name in `CURVES` and network. Density has a panel where there is one.
     draw_below: draws into a matplotlib figure below all that; None for nothing.
     """
@@ -393,6 +395,10 @@ def draw_summary(path: Path, rows: list[dict], curves: dict[str, dict[str, list]
         upper.plot(steps, values, marker=".", label=f"{index} {names[0]}")
     phases = sorted({row["phase"] for row in rows})
     borders = [max(row["global_step"] for row in rows if row["phase"] == phase) for phase in phases[:-1]]
+    if len(phases) == 1 and len(indices) > 1:  # tasks that are learned together
+        steps = sorted({row["global_step"] for row in rows})
+        means = [np.mean([row[measure] for row in rows if row["global_step"] == step]) for step in steps]
+        upper.plot(steps, means, color="black", linewidth=2.5, label="mean")
     for axis in (upper, *lower):
         for border in borders:
             axis.axvline(border, color="grey", linestyle=":", linewidth=1)
