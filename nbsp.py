@@ -4,9 +4,9 @@ Paper: Neuron-level Balance between Stability and Plasticity in Deep Reinforceme
 Base algorithm: Soft Actor-Critic. Environments: cycling Meta-World v3 tasks.
 
 One agent learns tasks A, B, A, B in turn. After each task its policy acts for some episodes, and every hidden neuron of
-actor and critics gets a score: how often is it more active than usual exactly when the agent is nearer to the goal than
-usual? The best fifth are the task's skill neurons. In all later training their incoming weights move a tenth as far or
-less, the other neurons move freely. Every tenth update replays transitions of the tasks trained before.
+actor and critics gets a score: how reliably does its activation, above or below its mean, tell whether the agent is
+nearer to the goal than on average? The best fifth are the task's skill neurons. In all later training their incoming
+weights move a tenth as far or less, the others move freely. Every tenth update is on transitions of earlier tasks.
 
 Read first: `goal_proximity` and `neuron_scores` (Algorithm 1), `skill_neurons`, `gradient_masks` (Eq. 5), `masked_step`
 (Eq. 6), `PreviousTasks` (Eq. 7), then `Agent.update` and `main`.
@@ -246,7 +246,7 @@ def neuron_scores(features: list[Tensor], q: Tensor) -> list[Tensor]:
     """
     near, scores = q.double() > q.double().mean(), []
     for a in features:
-        a = a.double()  # in single precision the mean of 5000 values may lie beside a neuron's usual value
+        a = a.double()  # so that the rounding of a mean decides nothing
         accuracy = ((a > a.mean(0)) == near[:, None]).double().mean(0)
         score = torch.maximum(accuracy, 1 - accuracy).float()
         scores.append(torch.where(a.amin(0) == a.amax(0), torch.nan, score))
