@@ -96,7 +96,10 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_resume_is_named(tmp_path):
-    new_recorder(tmp_path / "run").close()
+    recorder = new_recorder(tmp_path / "run")
+    recorder.close()
+    new_recorder(tmp_path / "run").close()  # killed before its first checkpoint: there is nothing to go on from
+    recorder.save(0, {})
     with pytest.raises(ArgumentError, match="--resume"):
         new_recorder(tmp_path / "run")
 
