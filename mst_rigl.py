@@ -481,8 +481,8 @@ class ReplayBuffer:
 
     def reward_scale(self) -> Tensor:
         """Mean |r| over the steps in the buffer, 0-d."""
-        reward = self.data["reward"][: self.size][self.data["is_step"][: self.size]]
-        return reward.abs().mean().clamp_min(1e-8)
+        reward, is_step = self.data["reward"][: self.size], self.data["is_step"][: self.size]
+        return ((reward.abs() * is_step).sum() / is_step.sum()).clamp_min(1e-8)
 
     def recent(self, count: int) -> dict[str, Tensor]:
         """Observations and actions of the steps in the last `count` rows, or all there are."""
@@ -622,7 +622,7 @@ class Agent:
     # ---------------------------------------------------------------------------------------------------- training
 
     def update(self) -> None:
-        """One training step of MR.Q; the losses are in `self.losses`. Nothing here waits for the device."""
+        """One training step of MR.Q; its losses are in `self.losses`. Only a topology change waits for the device."""
         args = self.args
         if self.updates % args.target_update == 0:
             self.copy_targets()
