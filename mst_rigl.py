@@ -372,8 +372,8 @@ class Topology:
             mask = self.masks[name]
             active = int(mask.sum())
             kept, grown = rigl_topology(weight, weight.grad, mask, int(fraction * active))
-            moments = [self.optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")]
-            for tensor in (weight, *moments) if self.optimizer.state[weight] else (weight,):
+            state = self.optimizer.state.get(weight, {})  # empty before the first step
+            for tensor in (weight, *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)):
                 tensor.mul_(kept)
             self.masks[name] = kept | grown
             new, total = new + int((grown & ~mask).sum()), total + active

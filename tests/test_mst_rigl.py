@@ -612,6 +612,13 @@ def test_topologies_change_at_every_interval_until_their_time_and_static_ones_ne
         assert (layer.weight.grad == 0).sum() == (0 if regime == "dense" else 18)
 
 
+def test_a_topology_may_change_at_the_very_first_update():
+    agent = filled_agent(rigl_interval=1, encoder_regime="rigl", actor_regime="rigl")
+    agent.update()
+    for topology in agent.topologies.values():
+        assert topology.changed > 0.01 and topology.overlap() < 1
+
+
 def test_a_layer_that_gets_all_its_weights_is_left_alone():
     agent = make_agent(actor_sparsity=0.2)
     assert "2.weight" not in agent.topologies["actor"].masks  # the narrow output layer
@@ -973,9 +980,10 @@ def test_a_loss_that_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoi
 
 @pytest.mark.slow
 def test_mst_learns_to_balance_a_pendulum(tmp_path):
-    """Random actions drop it after six steps; a policy that does not learn does so for ever."""
+    """Random actions drop it after six steps; what an update that does not learn may reach is far below the bar."""
     options = {"env_id": "InvertedPendulum-v5", "total_steps": 3000, "learning_starts": 500, "eval_every": 500}
-    options |= {"width_scale": 1 / 16, "batch_size": 64, "target_update": 50, "rigl_interval": 100, "gamma": 0.98}
+    options |= {"width_scale": 1 / 8, "batch_size": 64, "target_update": 50, "rigl_interval": 100, "gamma": 0.98}
     rates = {"encoder_lr": 1e-3, "critic_lr": 1e-3, "actor_lr": 1e-3}
-    results = mst_rigl.main(Args(**options, **rates, eval_episodes=5, quiet=True, run_dir=str(tmp_path / "run")))
-    assert results["metrics"]["final_return"] > 100
+    mst_rigl.main(Args(**options, **rates, eval_episodes=5, quiet=True, run_dir=str(tmp_path / "run")))
+    with open(tmp_path / "run" / "evaluations.csv", newline="") as file:
+        assert max(float(row["episode_return"]) for row in csv.DictReader(file)) > 200
