@@ -212,7 +212,7 @@ def erdos_renyi_counts(shapes: list[tuple[int, int]], density: float) -> list[in
         budget = density * sum(sizes) - sum(sizes[i] for i in dense)
         sparse = [i for i in range(len(shapes)) if i not in dense]
         epsilon = budget / max(1, sum(sum(shapes[i]) for i in sparse))
-        full = {i for i in sparse if epsilon * sum(shapes[i]) >= sizes[i]}
+        full = {i for i in sparse if epsilon * sum(shapes[i]) >= sizes[i] - 1e-6}  # rounding must not leave one out
         if not full:
             return [size if i in dense else int(epsilon * sum(shapes[i])) for i, size in enumerate(sizes)]
         dense |= full
