@@ -25,6 +25,10 @@ We implement the paper. Where the authors' code differs:
 4. They skip the optimizer step on a topology update, and keep Adam's moments of weights that went. We take the step and
    clear the moments.
 5. They stop at density 0.75 and go on exchanging weights. We grow to 1 (`--final-density`) and are done.
+
+What the paper leaves open: omega limits pruning layer by layer, so a layer that starts dense is never pruned; who is
+dormant is judged after the optimizer step; the average that starts the review begins with the first change; the
+buffer is emptied at each visit, so old tasks are not reviewed. Its epsilon of 0.01 would review nearly always: 0.001.
 """
 
 import math
@@ -57,8 +61,8 @@ from common.recorder import (
 LOG_EVERY = 1000  # environment steps between two points of the loss curves
 METRIC_BATCH = 1000  # recent transitions on which plasticity is measured
 DORMANT_TAUS = {"dormant_ratio": 0.025, "dormant_ratio_tau_0": 0.0, "dormant_ratio_tau_0.1": 0.1}
-# First words of numpy seed sequences: independent streams for the starts of training and evaluation episodes.
-TRAIN_EPISODES, EVAL_EPISODES = 1, 2
+# First words of numpy seed sequences: independent streams for the starts of episodes and for the method's own draws.
+TRAIN_EPISODES, EVAL_EPISODES, METHOD = 1, 2, 3
 
 QUICK = {
     "steps_per_task": 20_000,
@@ -77,7 +81,7 @@ class Args:
     env_id: str = "HalfCheetah-v5"
     """Gymnasium id with Box spaces, or dmc/<domain>-<task>"""
     task_cycle: str | None = None
-    """environments joined by commas, visited in turn by one network, instead of --env-id"""
+    """environments joined by commas, visited in turn by one network; --env-id is not used then"""
     cycles: int = 2
     """how often --task-cycle goes round"""
     steps_per_task: int = 1_000_000
@@ -231,7 +235,7 @@ def growth_progress(update: int, end: int) -> float:
 def pick(scores: Tensor, candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """The `count` candidates with the largest scores (all, if there are fewer); ties break at random.
 
-    scores: any shape; candidates: boolean of this shape -> boolean of this shape. Equal scores make a random subset.
+    scores: any shape; candidates: boolean of this shape -> boolean of this shape.
     """
     index = candidates.flatten().nonzero()[:, 0]
     index = index[torch.randperm(len(index), generator=generator).to(index.device)]
@@ -293,7 +297,9 @@ class Topology:
                 layer.weight.grad.mul_(mask)
 
     @torch.no_grad()
-    def update(self, progress: float, gradients: list[Tensor], inputs: Tensor, optimizer, args: Args) -> list[int]:
+    def update(
+        self, progress: float, gradients: list[Tensor], inputs: Tensor, optimizer: torch.optim.Adam, args: Args
+    ) -> list[int]:
         """Prune, then grow each layer to its scheduled number of connections. Returns how many went and how many came.
 
         progress: `growth_progress` of now; gradients: (out, in) of the batch, for weights that are off too; inputs: the
@@ -303,22 +309,21 @@ class Topology:
         dormant = dormant_connections(dormant, self.shapes)
         pruned_and_grown = [0, 0]
         for i, layer in enumerate(self.layers):
-            mask = self.masks[i].bool()
+            mask, tied = self.masks[i].bool(), torch.zeros_like(layer.weight)
             scheduled = self.start[i] + int(progress * (self.final[i] - self.start[i]))
-            limit = int(args.prune_limit * (scheduled - self.counts[i]))
-            if args.prune == "dormant":
-                pruned = pick(torch.zeros_like(layer.weight), mask & dormant[i], limit, self.generator)
-            elif args.prune == "magnitude":
+            limit = int(args.prune_limit * (scheduled - self.counts[i])) if args.prune != "none" else 0
+            if args.prune == "magnitude":
                 pruned = pick(-layer.weight.abs(), mask, limit, self.generator)
             else:
-                pruned = torch.zeros_like(mask)
+                pruned = pick(tied, mask & dormant[i], limit, self.generator)
             mask &= ~pruned
             self._clear(i, "weight", pruned, optimizer)
-            # A hidden neuron without inputs is silent for ever, as both factors of its gradients are 0: it starts anew.
+            # A hidden neuron that lost all inputs starts anew: bias 0, and weights drawn when inputs grow back. With
+            # weights of 0 both factors of their gradients would be 0 for ever.
             orphans = ~mask.any(1) if i < len(self.layers) - 1 else torch.zeros_like(mask[:, 0])
             self._clear(i, "bias", orphans, optimizer)
 
-            score = gradients[i].abs() if args.growth == "gradient" else torch.zeros_like(layer.weight)
+            score = gradients[i].abs() if args.growth == "gradient" else tied
             count = self.counts[i] - int(pruned.sum())
             grown = pick(score, ~mask, scheduled - count, self.generator)
             reborn = grown & orphans[:, None]
@@ -329,7 +334,7 @@ class Topology:
             self.counts[i] = scheduled
         return pruned_and_grown
 
-    def _clear(self, i: int, name: str, where: Tensor, optimizer) -> None:
+    def _clear(self, i: int, name: str, where: Tensor, optimizer: torch.optim.Adam) -> None:
         """Entries `where` of a layer's weight or bias become 0, in the target and in Adam's moments too."""
         parameter = getattr(self.layers[i], name)
         moments = optimizer.state[parameter]
@@ -368,7 +373,7 @@ class ReplayBuffer:
     """Ring of transitions in preallocated tensors."""
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        new = partial(torch.zeros, device=device)  # pages of zeros take no memory before they are written
+        new = partial(torch.zeros, device=device)  # on a CPU, pages of zeros take no memory before they are written
         self.data = {
             "obs": new(capacity, obs_dim),
             "next_obs": new(capacity, obs_dim),
@@ -381,8 +386,8 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return min(self.added, self.capacity)
 
-    def add(self, obs, next_obs, action, reward: float, terminated: bool) -> None:
-        """Append one transition, over the oldest one when full. Arrays (obs_dim,), (obs_dim,), (act_dim,)."""
+    def add(self, obs: np.ndarray, next_obs: np.ndarray, action: np.ndarray, reward: float, terminated: bool) -> None:
+        """Append one transition, over the oldest one when full."""
         row = self.added % self.capacity
         self.data["obs"][row] = torch.from_numpy(obs)
         self.data["next_obs"][row] = torch.from_numpy(next_obs)
@@ -417,8 +422,13 @@ class ReplayBuffer:
             self.data[name][: len(self)] = column
 
 
-def critic_loss(critics, target_actor, target_critics, batch: dict[str, Tensor], args: Args):
-    """Squared error of both critics to the clipped double-Q target (Fujimoto et al. 2018), summed; the mean of Q."""
+def critic_loss(
+    critics: nn.ModuleList, target_actor: Actor, target_critics: nn.ModuleList, batch: dict[str, Tensor], args: Args
+) -> tuple[Tensor, Tensor]:
+    """Squared error of both critics to the clipped double-Q target (Fujimoto et al. 2018), summed; mean of the first Q.
+
+    batch: rows of `ReplayBuffer`, (batch, ...) each. Two 0-d tensors.
+    """
     with torch.no_grad():
         noise = (args.policy_noise * torch.randn_like(batch["action"])).clamp(-args.noise_clip, args.noise_clip)
         next_action = (target_actor(batch["next_obs"]) + noise).clamp(-1, 1)
@@ -430,8 +440,8 @@ def critic_loss(critics, target_actor, target_critics, batch: dict[str, Tensor],
     return sum(F.mse_loss(q, y) for q in values), values[0].detach().mean()
 
 
-def actor_loss(actor, critic, obs: Tensor) -> Tensor:
-    """-Q(s, pi(s)) over the batch."""
+def actor_loss(actor: Actor, critic: Critic, obs: Tensor) -> Tensor:
+    """-Q(s, pi(s)), mean over observations (batch, obs_dim). 0-d tensor."""
     return -critic(torch.cat([obs, actor(obs)], 1)).mean()
 
 
@@ -444,6 +454,7 @@ class Agent:
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int, total_updates: int, device: torch.device):
         self.args, self.device, self.obs_dim, self.act_dim = args, device, obs_dim, act_dim
+        self.total_updates = total_updates
         self.actor = Actor(obs_dim, act_dim, args.hidden_dim).to(device)
         self.target_actor = Actor(obs_dim, act_dim, args.hidden_dim).to(device)
         self.critics = nn.ModuleList(Critic(obs_dim + act_dim, args.hidden_dim) for _ in range(2)).to(device)
@@ -456,14 +467,15 @@ class Agent:
         self.replay = ReplayBuffer(min(args.buffer_size, args.steps_per_task), obs_dim, act_dim, device)
 
         # The method draws from a generator of its own: it takes no random numbers away from TD3.
-        self.generator = torch.Generator().manual_seed(args.seed)
+        seed = int(np.random.SeedSequence((args.seed, METHOD)).generate_state(1)[0])
+        self.generator = torch.Generator().manual_seed(seed)
         densities = (1.0, 1.0) if args.method == "td3" else (args.initial_density, args.final_density)
         pairs = {"actor": [(self.actor, self.target_actor)]}
         pairs["critic"] = list(zip(self.critics, self.target_critics, strict=True))
         self.topologies = {
             net: [Topology(*pair, *densities, self.generator) for pair in networks] for net, networks in pairs.items()
         }
-        # The actor, which is updated less often, counts its own updates: the same moments of training.
+        # The actor, which is updated less often, counts its own updates: about the same moments of training.
         end = int(args.topology_end * total_updates)
         self.interval = {"critic": args.topology_interval, "actor": max(1, args.topology_interval // args.policy_delay)}
         self.end = {"critic": end, "actor": end // args.policy_delay}
@@ -641,10 +653,11 @@ def check_args(args: Args) -> None:
     for name in ("exploration_noise", "policy_noise", "noise_clip", "dormant_threshold", "review_threshold"):
         require(args, name, 0 <= getattr(args, name) < math.inf, "a number of at least 0")
     require(args, "learning_rate", 0 < args.learning_rate < math.inf, "a positive number")
-    for name in ("gamma", "tau", "topology_end", "prune_limit", "review_probability", "review_fraction"):
+    for name in ("gamma", "tau", "prune_limit", "review_probability"):
         require(args, name, 0 <= getattr(args, name) <= 1, "between 0 and 1")
+    for name in ("initial_density", "topology_end", "review_fraction"):
+        require(args, name, 0 < getattr(args, name) <= 1, "above 0 and at most 1")
     require(args, "seed", args.seed < 2**32, "below 2**32")
-    require(args, "initial_density", 0 < args.initial_density <= 1, "above 0 and at most 1")
     allowed = f"at least --initial-density {args.initial_density} and at most 1"
     require(args, "final_density", args.initial_density <= args.final_density <= 1, allowed)
     below = f"below --steps-per-task {args.steps_per_task}"
@@ -663,10 +676,8 @@ def env_sizes(args: Args) -> tuple[int, int]:
         try:
             env = make_env(task, seed=0)
         except ValueError as error:
-            flag = "--env-id" if args.task_cycle is None else "--task-cycle"
-            raise ArgumentError(
-                f"{flag} {args.env_id if args.task_cycle is None else args.task_cycle}: {error}"
-            ) from None
+            given = f"--task-cycle {args.task_cycle}" if args.task_cycle else f"--env-id {args.env_id}"
+            raise ArgumentError(f"{given}: {error}") from None
         env.close()
         sizes.append((env.observation_space.shape[0], env.action_space.shape[0]))
     return tuple(max(dims) for dims in zip(*sizes, strict=True))
@@ -675,7 +686,13 @@ def env_sizes(args: Args) -> tuple[int, int]:
 def new_agent(args: Args, device: torch.device) -> Agent:
     """The agent for the widest task, with the growth schedule of the whole run."""
     total_updates = len(visits_of(args)) * (args.steps_per_task - args.learning_starts)
-    return Agent(args, *env_sizes(args), total_updates, device)
+    agent = Agent(args, *env_sizes(args), total_updates, device)
+    for net, topologies in agent.topologies.items():
+        least = min(topologies[0].start)
+        require(args, "initial_density", least > 0, f"higher: a layer of the {net} gets no connection")
+        never = args.method == "ne" and args.growth != "none" and agent.end[net] < 1
+        require(args, "topology_end", not never, f"higher: the {net} makes no update before")
+    return agent
 
 
 def padded(obs: np.ndarray, size: int) -> np.ndarray:
@@ -683,8 +700,13 @@ def padded(obs: np.ndarray, size: int) -> np.ndarray:
     return obs if len(obs) == size else np.pad(obs, (0, size - len(obs)))
 
 
-def evaluate_task(agent: Agent, tasks: list[str], index: int, episodes: int, video: Path | None, stop=None):
-    """Deterministic episodes of one task; their starts depend on the seed, the task and the episode number only."""
+def evaluate_task(
+    agent: Agent, tasks: list[str], index: int, episodes: int, video: Path | None, stop=None
+) -> dict | None:
+    """Deterministic episodes of one task; their starts depend on the seed, the task and the episode number only.
+
+    The result of `metrics.evaluate`: None if `stop()` came true in between.
+    """
     args, task = agent.args, tasks[index]
     render_mode = "rgb_array" if video else None
     env = make_env(task, seed=0, action_repeat=args.action_repeat, render_mode=render_mode)
@@ -702,27 +724,30 @@ def evaluate_task(agent: Agent, tasks: list[str], index: int, episodes: int, vid
 
 
 def evaluate_run(args: Args) -> dict:
-    """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint on its tasks, print the table."""
+    """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint on its tasks, print and return the results."""
     stored = Args(**stored_args(args.evaluate, Args))
     checkpoint = load_checkpoint(args.evaluate, "neuroplastic_expansion")
-    agent = new_agent(stored, torch.device("cpu"))
+    agent = new_agent(stored, select_device(args.device))
     agent.load_state_dict(checkpoint["agent"])
     video = Path(args.evaluate) / "videos" / "evaluate" if args.capture_video else None
     results, tasks = {}, list(dict.fromkeys(visits_of(stored)))
-    print(f"{'task':<34}{'return':>12}{'length':>10}")
-    for index, task in enumerate(tasks):
-        results[index] = result = evaluate_task(agent, tasks, index, args.episodes, video)
-        print(f"{index:>2}  {task:<30}{result['episode_return']:>12.1f}{result['length']:>10.1f}")
+    for index in range(len(tasks)):
+        results[index] = evaluate_task(agent, tasks, index, args.episodes, video)
+    if not args.quiet:
+        print(f"{'task':<34}{'return':>12}{'length':>10}")
+        for index, row in results.items():
+            print(f"{index:>2}  {tasks[index]:<30}{row['episode_return']:>12.1f}{row['length']:>10.1f}")
     return results
 
 
-def warn_of_what_never_happens(agent: Agent, recorder: Recorder) -> None:
+def warn_of_long_intervals(agent: Agent, recorder: Recorder) -> None:
     """Budgets below the paper's need intervals scaled with them."""
     args, end = agent.args, agent.end["critic"]
     if args.method == "ne" and args.growth != "none" and args.topology_interval > end / 4:
-        recorder.say(
-            f"warning: growth ends after {end} updates: --topology-interval {args.topology_interval} is coarse"
-        )
+        steps = -(-end // args.topology_interval)
+        recorder.say(f"warning: growth in {steps} large step(s): --topology-interval {args.topology_interval}")
+    if args.method == "ne" and args.review and 2 * args.review_interval > agent.total_updates:
+        recorder.say(f"warning: no review without two measurements: --review-interval {args.review_interval}")
     if args.eval_every > args.steps_per_task:
         recorder.say(f"warning: evaluation at a visit's end only: --eval-every {args.eval_every}")
 
@@ -732,16 +757,17 @@ def final_metrics(agent: Agent, rows: list[dict], visits: list[str]) -> dict[str
     own = [row for row in rows if row["task"] == visits[row["phase"]]]
     at_end = [[row["episode_return"] for row in own if row["phase"] == phase][-1] for phase in range(len(visits))]
     scalars = {name: float(value) for name, value in (agent.plasticity() | agent.method_scalars()).items()}
-    names = [
-        f"plasticity/{net}/{name}" for net in agent.topologies for name in (*DORMANT_TAUS, "active_fraction", "srank")
-    ]
-    names += [name for name in scalars if name.startswith("method/") or name.endswith("/density")]
+    kept = ("density", "active_fraction", "srank", *DORMANT_TAUS)
+    names = [name for name in scalars if name.startswith("method/") or name.endswith(kept)]
     means = {"mean_return": float(np.mean([row["episode_return"] for row in own])), "return_at_visit_end": at_end}
     return means | {name.partition("/")[2].replace("/", "_"): scalars[name] for name in names}
 
 
 def main(args: Args) -> dict:
-    """Train; returns what results.json holds. Raises ArgumentError, NotFiniteError, Interrupted."""
+    """Train; returns what results.json holds, or with --evaluate the result of each task.
+
+    Raises ArgumentError, NotFiniteError, Interrupted.
+    """
     check_args(args)
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
@@ -796,7 +822,7 @@ def main(args: Args) -> dict:
     if checkpoint is None:
         save()
         recorder.log(0, agent.method_scalars())
-        warn_of_what_never_happens(agent, recorder)
+        warn_of_long_intervals(agent, recorder)
     save_every = args.checkpoint_every or math.inf
     first_step, clock = global_step(), time.monotonic()
     for phase in range(at["phase"], len(visits)):

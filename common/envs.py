@@ -258,6 +258,13 @@ def _make_meta_world(
     return env
 
 
+def _dm_control_tasks() -> dict[str, tuple[str, str]]:
+    """Our ids of dm_control's suite -> (domain, task)."""
+    from dm_control import suite
+
+    return {f"dmc/{domain}-{task}": (domain, task) for domain, task in suite.ALL_TASKS}
+
+
 class DMControlEnv(gym.Env):
     """A task of dm_control's suite as a Gymnasium environment; observation entries are concatenated in their order.
 
@@ -350,8 +357,8 @@ def make_env(
         render_mode: None or "rgb_array" ((480, 480, 3) uint8 in Meta-World and dm_control).
 
     Raises:
-        ValueError: unknown ``env_id`` (with the nearest known ones), a space that is not a Box, unbounded actions, or
-            an argument outside what is allowed.
+        ValueError: unknown ``env_id`` (with the nearest known ones), one whose simulator is not installed, a space that
+            is not a Box, unbounded actions, or an argument outside what is allowed.
     """
     if reward_version not in ("v1", "v2"):
         raise ValueError(f"reward_version {reward_version!r}: expected 'v1' or 'v2'")
@@ -365,9 +372,7 @@ def make_env(
     if _canonical(env_id) in TASK_DESCRIPTIONS:
         env = _make_meta_world(_canonical(env_id), seed, reward_version, max_episode_steps, render_mode)
     elif env_id.startswith("dmc/"):
-        from dm_control import suite
-
-        known = {f"dmc/{domain}-{task}": (domain, task) for domain, task in suite.ALL_TASKS}
+        known = _dm_control_tasks()
         if env_id not in known:
             raise ValueError(f"unknown dm_control task {env_id!r}; nearest known: {_nearest(env_id, known)}")
         env = DMControlEnv(*known[env_id], seed, max_episode_steps is None, render_mode)
@@ -377,9 +382,13 @@ def make_env(
         try:
             gym.spec(env_id)
         except gym.error.Error:
-            nearest = _nearest(env_id, [*MT50, *gym.registry])
+            nearest = _nearest(env_id, [*MT50, *gym.registry, *_dm_control_tasks()])
             raise ValueError(f"unknown environment {env_id!r}; nearest known: {nearest}") from None
-        env = gym.make(env_id, max_episode_steps=max_episode_steps, render_mode=render_mode, disable_env_checker=True)
+        limits = {"max_episode_steps": max_episode_steps, "render_mode": render_mode}
+        try:
+            env = gym.make(env_id, **limits, disable_env_checker=True)
+        except (gym.error.Error, ImportError) as error:  # its simulator is not installed, as of the ids before -v4
+            raise ValueError(f"{env_id!r} cannot be made: {' '.join(str(error).split())}") from None
         env.unwrapped.np_random = gym.utils.seeding.np_random(seed)[0]
 
     for name, space in (("observation", env.observation_space), ("action", env.action_space)):

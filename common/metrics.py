@@ -160,8 +160,12 @@ def weight_norm(module: nn.Module) -> Tensor:
 
 
 def grad_norm(module: nn.Module) -> Tensor:
-    """L2 norm of the gradients of all parameters as one vector; a parameter without a gradient counts 0. 0-d tensor."""
-    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    """L2 norm of the gradients of all parameters as one vector, 0-d tensor; NaN before there is any gradient.
+
+    A single parameter without a gradient counts 0.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return nn.utils.get_total_norm(gradients) if gradients else torch.tensor(float("nan"))
 
 
 def gradient_cosine(gradients: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ CHECKPOINT, CONFIG, EVALUATIONS, RESULTS = "checkpoint.pt", "config.json", "eval
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "metaworld", "dm-control", "scikit-learn")
 # Arguments that change what a run shows, never what it computes: free to differ on --resume.
 OUTPUT_ARGS = {"resume", "run_dir", "quiet", "track", "wandb_project", "capture_video", "checkpoint_every"}
+OUTPUT_ARGS |= {"num_workers"}  # processes that step environments: not what they compute
 # Scalars `<group>/<net>/<name>` that the picture shows below the success, and the label of their axis.
 CURVES = {"dormant_ratio": "dormant ratio", "density": "density"}
 

@@ -293,6 +293,8 @@ def test_action_repeat_keeps_a_success_between_two_decisions():
         ("dmc/cheeta-run", {}, "'dmc/cheeta-run'.*dmc/cheetah-run"),
         ("HalfCheetah-v9", {}, "'HalfCheetah-v9'.*HalfCheetah-v5"),
         ("no such thing", {}, "'no such thing'.*nearest known"),
+        ("cheetah-run", {}, "'cheetah-run'.*dmc/cheetah-run"),
+        ("HalfCheetah-v3", {}, "'HalfCheetah-v3' cannot be made"),
         ("CartPole-v1", {}, "action space Discrete.*Box"),
         ("FrozenLake-v1", {}, "observation space Discrete.*Box"),
         ("push", {"reward_version": "v3"}, "reward_version 'v3'.*'v1' or 'v2'"),

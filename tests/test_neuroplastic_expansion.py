@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import neuroplastic_expansion as ne
 from common.recorder import Interrupted, load_checkpoint
@@ -267,6 +268,7 @@ def test_one_topology_update_by_the_letter(net, growth, prune):
 
 def test_a_neuron_that_lost_all_inputs_starts_anew():
     agent, topology, inputs = trained_topology("critic", prune="none")
+    had_inputs, above = topology.masks[1].any(1), topology.masks[2].any(1)  # a sparse start may leave some without
     topology.masks[1][3] = 0
     topology.layers[1].weight.data[3] = 0
     topology.targets[1].weight.data[3] = 0
@@ -282,9 +284,24 @@ def test_a_neuron_that_lost_all_inputs_starts_anew():
     bound = 1 / math.sqrt(topology.shapes[1][1])
     assert (incoming != 0).all() and (incoming.abs() <= bound).all() and incoming.abs().max() > bound / 2
     assert topology.layers[1].bias[3] == topology.targets[1].bias[3] == moments["exp_avg"][3] == 0
-    rest = torch.arange(len(untouched)) != 3
+    rest = had_inputs & (torch.arange(len(untouched)) != 3)
     assert torch.equal(topology.layers[1].bias[rest], untouched[rest]) and (moments["exp_avg"][rest] == 1).all()
-    assert torch.equal(topology.layers[2].weight[:, 3], outgoing_before)  # what is new on its way out is 0
+    assert torch.equal(topology.layers[2].weight[above, 3], outgoing_before[above])  # what is new on its way out is 0
+
+
+def test_a_dormant_neuron_loses_all_its_connections_and_comes_back_alive():
+    """omega = 1 and growth enough: pruned to the last input, its bias reset, weights of the initialiser on return."""
+    agent, topology, inputs = trained_topology("critic", prune_limit=1.0)
+    kill_neurons(topology, 1, 1)
+    gradients = [torch.rand(shape) for shape in topology.shapes]
+    gradients[1][0] = 2  # its inputs are the first to be picked
+    pruned, grown = topology.update(0.9, gradients, inputs, agent.optimizers["critic"], agent.args)
+    assert 0 < pruned < grown and topology.masks[1][0].all() and topology.layers[1].bias[0] == 0
+    incoming = topology.layers[1].weight[0].detach()
+    assert (incoming != 0).all() and incoming.abs().max() <= 1 / math.sqrt(topology.shapes[1][1])
+    assert (topology.targets[1].weight[0] == 0).all()  # the target follows by averaging
+    hidden = ne.metrics.hidden_features(topology.network, inputs)[1]
+    assert (hidden[:, 0] > 0).any()
 
 
 def test_the_networks_output_keeps_its_bias():
@@ -449,6 +466,20 @@ def test_actor_and_targets_move_at_every_second_update_only():
     assert torch.allclose(agent.target_critics[0][0].weight, 0.995 * slow + 0.005 * fast, atol=1e-7)
 
 
+def test_defaults_are_the_papers():
+    args, agent = Args(), make_agent()
+    named = {"hidden_dim": 256, "batch_size": 256, "learning_rate": 3e-4, "gamma": 0.99, "tau": 0.005}
+    named |= {"exploration_noise": 0.1, "policy_noise": 0.2, "noise_clip": 0.5, "policy_delay": 2}
+    named |= {"learning_starts": 25_000, "steps_per_task": 1_000_000, "buffer_size": 1_000_000}
+    named |= {"eval_every": 5000, "eval_episodes": 10, "action_repeat": 1, "initial_density": 0.2, "final_density": 1}
+    named |= {"topology_interval": 10_000, "topology_end": 0.75, "prune_limit": 0.4, "dormant_threshold": 0}
+    named |= {"review_interval": 1000, "review_probability": 0.5, "review_fraction": 0.3}
+    assert {name: getattr(args, name) for name in named} == named
+    assert (args.growth, args.prune, args.review) == ("gradient", "dormant", True)
+    for optimizer in agent.optimizers.values():
+        assert optimizer.defaults["lr"] == 3e-4 and optimizer.defaults["betas"] == (0.9, 0.999)
+
+
 def test_layers_and_normalisation():
     agent = make_agent()
     kinds = [[type(m).__name__ for m in network] for network in (agent.actor, agent.critics[0])]
@@ -519,12 +550,104 @@ def test_a_run_grows_from_a_fifth_to_full_size(finished_run):
     )
 
 
+def test_what_a_run_reports_is_what_its_files_and_masks_say(finished_run):
+    metrics, state = finished_run["results"]["metrics"], finished_run["checkpoint"]["agent"]
+    with open(finished_run["run_dir"] / "evaluations.csv", newline="") as file:
+        returns = [float(row["episode_return"]) for row in csv.DictReader(file)]
+    assert metrics["mean_return"] == pytest.approx(np.mean(returns)) and metrics["return_at_visit_end"] == returns[-1:]
+    parameters = finished_run["results"]["parameters"]
+    assert parameters["actor_connections"] == sum(int(mask.sum()) for mask in state["masks"]["actor"][0])
+    assert parameters["actor"] == sum(value.numel() for value in state["actor"].values())
+    assert parameters["critic"] == sum(v.numel() for name, v in state["critics"].items() if name.startswith("0."))
+
+
+def test_tensorboard_has_the_named_scalars_with_their_values(tmp_path, monkeypatch):
+    monkeypatch.setattr(ne, "LOG_EVERY", 100)
+    metrics = ne.main(Args(**TINY, run_dir=str(tmp_path)))["metrics"]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = set(events.Tags()["scalars"])
+    expected = {"charts/episodic_return", "charts/SPS", "eval/return/Hopper-v5"}
+    expected |= {"losses/critic", "losses/actor", "losses/q"}
+    expected |= {"method/review", "method/review_share", "method/dormant_change", "method/dormant_ratio_of_review"}
+    for net, layers in (("actor", 3), ("critic", 4)):
+        names = (*ne.DORMANT_TAUS, "active_fraction", "srank", "effective_rank", "weight_norm", "grad_norm")
+        expected |= {f"plasticity/{net}/{name}" for name in names}
+        expected |= {f"sparsity/{net}/{name}" for name in ("density", *(f"layer{i + 1}" for i in range(layers)))}
+        expected |= {f"method/pruned/{net}", f"method/grown/{net}"}
+    assert expected <= tags
+    assert all(math.isfinite(event.value) for tag in tags for event in events.Scalars(tag))
+    assert [event.step for event in events.Scalars("losses/critic")] == [300, 400, 500, 600]
+    assert [event.step for event in events.Scalars("sparsity/actor/density")] == [0, 300, 400, 500, 600]
+    last = {name: events.Scalars(f"plasticity/critic/{name}")[-1].value for name in ("active_fraction", "srank")}
+    assert last == pytest.approx({name: metrics[f"critic_{name}"] for name in last})
+
+
+def test_metrics_are_those_of_the_right_networks_and_transitions():
+    agent = make_agent()
+    for _ in range(10):
+        agent.update()
+    batch, plasticity = agent.replay.recent(1000), agent.plasticity()
+    q_input = torch.cat([batch["obs"], batch["action"]], 1)
+
+    def hidden(network: torch.nn.Sequential, x: torch.Tensor) -> list[torch.Tensor]:
+        outputs = []
+        for module in network:
+            x = module(x)
+            if isinstance(module, torch.nn.ReLU):
+                outputs.append(x.detach())
+        return outputs
+
+    features = {"actor": hidden(agent.actor, batch["obs"])}
+    features["critic"] = hidden(agent.critics[0], q_input) + hidden(agent.critics[1], q_input)
+    for net, module in (("actor", agent.actor), ("critic", agent.critics)):
+        units = torch.cat([h.abs().mean(0) / h.abs().mean() for h in features[net]])
+        for name, tau in (("dormant_ratio", 0.025), ("dormant_ratio_tau_0", 0), ("dormant_ratio_tau_0.1", 0.1)):
+            assert plasticity[f"plasticity/{net}/{name}"] == pytest.approx((units <= tau).float().mean().item())
+        positive = torch.cat([(h > 0).float().mean(0) for h in features[net]]).mean().item()
+        assert plasticity[f"plasticity/{net}/active_fraction"] == pytest.approx(positive)
+        values = torch.linalg.svdvals(features[net][-1])
+        rank = int((values.cumsum(0) / values.sum() < 0.99).sum()) + 1
+        assert plasticity[f"plasticity/{net}/srank"] == rank
+        norm = math.sqrt(sum(float(p.detach().square().sum()) for p in module.parameters()))
+        assert plasticity[f"plasticity/{net}/weight_norm"] == pytest.approx(norm, rel=1e-4)
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters()))
+        assert plasticity[f"plasticity/{net}/grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_compile_wraps_both_losses(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    agent = make_agent(compile=True)
+    agent.update()
+    assert compiled == [ne.critic_loss, ne.actor_loss] and agent.losses["critic"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"topology_interval": 200}, "growth in 2 large step"),
+        ({"review_interval": 300}, "no review without two measurements"),
+        ({"eval_every": 700}, "evaluation at a visit's end only"),
+        ({}, None),
+    ],
+)
+def test_what_a_short_budget_never_reaches_is_said(changes, warning):
+    class Said(list):
+        say = list.append
+
+    said = Said()
+    ne.warn_of_long_intervals(make_agent(**changes), said)
+    assert [warning in line for line in said] == [True] if warning else said == []
+
+
 def test_static_masks_never_change_and_final_density_is_the_limit(tmp_path):
     for changes, density in (({"method": "static"}, 0.2), ({"growth": "none"}, 0.2), ({"final_density": 0.5}, 0.5)):
         agent = make_agent(**changes)
         first = [mask.clone() for group in agent.topologies.values() for t in group for mask in t.masks]
         for _ in range(320):
             agent.update()
+            for topology in (t for group in agent.topologies.values() for t in group):
+                assert all(mask.sum() <= most for mask, most in zip(topology.masks, topology.final, strict=True))
         last = [mask for group in agent.topologies.values() for t in group for mask in t.masks]
         assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True)) == (density == 0.2)
         for net in ("actor", "critic"):
@@ -595,7 +718,10 @@ def test_dm_control_with_action_repeat(tmp_path):
 
 @pytest.mark.slow
 def test_it_learns_to_swing_up_a_pendulum(tmp_path):
-    """While it grows from a fifth to full size. A random policy returns about -1200, this run -116."""
+    """TD3 and growth together. A random policy returns about -1200, this run -116.
+
+    Which connections grow is not seen here: the tests of one topology update are for that.
+    """
     arguments = {"env_id": "Pendulum-v1", "steps_per_task": 5000, "learning_starts": 500, "eval_every": 5000}
     arguments |= {"hidden_dim": 64, "batch_size": 128, "learning_rate": 1e-3, "gamma": 0.98, "policy_delay": 1}
     arguments |= {"topology_interval": 100, "review_interval": 100, "quiet": True}
@@ -734,10 +860,18 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(finished_run, tmp_p
 BAD_ARGUMENTS = {
     "unknown environment": (["--env-id", "HalfCheeta-v5"], r"--env-id HalfCheeta-v5: .*HalfCheetah-v5"),
     "unknown task": (["--env-id", "dmc/cheetah-rum"], r"--env-id dmc/cheetah-rum: .*dmc/cheetah-run"),
+    "no simulator": (["--env-id", "HalfCheetah-v3"], r"--env-id HalfCheetah-v3: .*cannot be made"),
     "discrete": (["--env-id", "CartPole-v1"], r"--env-id CartPole-v1: .*expected a Box"),
     "cycle": (["--task-cycle", "Hopper-v5,,Ant-v5"], r"--task-cycle Hopper-v5,,Ant-v5: "),
     "density": (["--initial-density", "0"], r"--initial-density 0\.0: must be above 0"),
     "final density": (["--final-density", "0.1"], r"--final-density 0\.1: must be at least --initial-density 0\.2"),
+    "nothing to grow from": (["--initial-density", "1e-6"], r"--initial-density 1e-06: must be higher: a layer of"),
+    "growth end": (["--topology-end", "0"], r"--topology-end 0\.0: must be above 0 and at most 1"),
+    "early growth end": (["--topology-end", "1e-6"], r"--topology-end 1e-06: must be higher"),
+    "review fraction": (["--review-fraction", "0"], r"--review-fraction 0\.0: must be above 0 and at most 1"),
+    "buffer": (["--buffer-size", "0"], r"--buffer-size 0: must be at least 1"),
+    "tau": (["--tau", "1.5"], r"--tau 1\.5: must be between 0 and 1"),
+    "seed": (["--seed", str(2**40)], r"--seed 1099511627776: must be below 2\*\*32"),
     "omega": (["--prune-limit", "1.5"], r"--prune-limit 1\.5: must be between 0 and 1"),
     "method": (["--method", "en"], r"--method en: must be one of ne, static, td3"),
     "growth": (["--growth", "grad"], r"--growth grad: must be one of gradient, random, none"),
@@ -807,6 +941,7 @@ def test_evaluate_gives_the_last_evaluation_of_the_run(finished_run, capsys):
     """Same policy, same starts, same numbers; nothing in the folder changes."""
     run_dir = finished_run["run_dir"]
     before = {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+    assert ne.main(Args(evaluate=str(run_dir), episodes=1, quiet=True)) and capsys.readouterr().out == ""
     results = ne.main(Args(evaluate=str(run_dir), episodes=1))
     assert results[0]["episode_return"] == finished_run["results"]["tasks"][0]["final_return"]
     assert "Hopper-v5" in capsys.readouterr().out
