@@ -8,6 +8,7 @@ the table gives the machine's matrix product rate, which absolute times depend o
 """
 
 import functools
+import importlib
 import resource
 import subprocess
 import sys
@@ -326,6 +327,8 @@ def print_peak_memory(args: Args) -> None:
 
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
+    for script in CASES:
+        importlib.import_module(script)  # first: NumPy complains where it is imported with denormals off
     torch.set_flush_denormal(True)
     if args.memory_of:
         return print_peak_memory(args)
@@ -337,7 +340,7 @@ def main(args: Args) -> None:
         # first, as the peak of a child process counts what its parent held when it was forked
         memory = [peak_memory(script, variant, args) for variant in variants]
         cases = [build(args) for build in variants.values()]
-        gflop = [matrix_gflop(case.update) for case in cases]
+        gflop = [matrix_gflop(case.update) / case.updates for case in cases]
         functions = [matrix_product(args.device), *(case.update for case in cases)]
         product, *updates = medians_in_turns(functions, args.repeats, args.device)
         updates = [update / case.updates for update, case in zip(updates, cases, strict=True)]
