@@ -23,13 +23,14 @@ Where we differ from the paper and from others' code, and why:
 3. SET's new connections are drawn among those that were inactive before the drop, so each of them is new.
 4. MOORE's experts are orthogonalised by modified Gram-Schmidt that bears a zero vector; the authors' gives NaN there.
 5. Goals are redrawn at every episode; MT10 proper draws them from a fixed list of 50 per task.
+6. Where the paper is silent: He-uniform weights, small uniform heads, a temperature loss linear in log alpha. SET's
+   density is 1 - sparsity; the paper's density parameter of 11 would be 7 %.
 """
 
 import math
-import multiprocessing
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -41,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import metrics
-from common.envs import get_rng_state, make_env, record_video, set_rng_state, task_sequence
+from common.envs import TaskEnvs, WorkerEnvs, make_env, record_video, task_sequence
 from common.recorder import (
     ArgumentError,
     Recorder,
@@ -73,6 +74,8 @@ QUICK = {
     "depth": 2,
     "prune_every": 500,
     "evolve_every": 500,
+    "redo_every": 500,
+    "reset_every": 10_000,
     "learning_rate": 1e-3,
     "gamma": 0.98,
 }
@@ -85,13 +88,13 @@ class Args:
     total_steps: int = 20_000_000
     """environment steps over all tasks together (paper: 20 M, 2 M for each of ten tasks)"""
     seed: int = 1
-    """seed of everything random"""
+    """seed of everything random, below 2**32"""
     quick: bool = False
     """a first look: reach, drawer-close, button-press, small networks, 30 000 steps each; other arguments still win"""
     resume: str | None = None
     """go on with the run in this folder; its arguments are used"""
     evaluate: str | None = None
-    """evaluate the run in this folder on its tasks, print the table, do nothing else"""
+    """evaluate the run in this folder on its tasks, print the table unless --quiet, do nothing else"""
     episodes: int = 10
     """episodes per task of --evaluate"""
     run_dir: str | None = None
@@ -117,7 +120,7 @@ class Args:
 
     # Environment and evaluation
     reward_version: str = "v2"
-    """Meta-World's reward function: v2 (0 to 10 a step, the paper's) or v1 (0 to 2000)"""
+    """Meta-World's reward function: v2 (0 to 10 a step, the paper's) or v1 (0 to 2000, needs a larger --max-q)"""
     episode_steps: int = 500
     """steps of an episode (paper Table 3)"""
     eval_every: int = 200_000
@@ -151,7 +154,7 @@ class Args:
     max_grad_norm: float = 1.0
     """the gradients of the actor, and of both critics together, are clipped to this norm (paper Table 3)"""
     max_q: float = 5000.0
-    """target values are clipped to plus and minus this (paper Table 3)"""
+    """target values are clipped to plus and minus this (paper Table 3, for v2 rewards)"""
 
     # Sparsification
     sparsify: str = "gmp"
@@ -350,18 +353,21 @@ def he_uniform(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound)
 
 
-def gram_schmidt(vectors: tuple[Tensor, ...], eps: float = 1e-6) -> list[Tensor]:
+def gram_schmidt(vectors: tuple[Tensor, ...], eps: float = 1e-4) -> list[Tensor]:
     """Orthonormal vectors with the same spans, sample by sample (MOORE, Eq. 4): k times (..., units) -> the same.
 
-    Modified Gram-Schmidt: each projection is taken off what is left of the vector, not off the vector. With nearly
-    parallel experts the classical form (MOORE's code) loses orthogonality. A vector shorter than eps, as when pruning
-    leaves an expert without connections, is only divided by eps: it stays short, where a division by its norm is NaN.
+    Modified Gram-Schmidt: each projection is taken off what is left of the vector, not off the vector, and all of them
+    twice: with nearly parallel experts what is left is short and its rounding errors are large. A vector of which less
+    than the share eps is left becomes 0 and gets no gradient: it was zero, as from an untrained expert without
+    connections, or depends on those before it, and a division by its norm would give NaN or noise.
     """
     basis: list[Tensor] = []
     for vector in vectors:
-        for unit in basis:
+        length = vector.norm(dim=-1, keepdim=True)
+        for unit in basis * 2:
             vector = torch.addcmul(vector, (vector * unit).sum(-1, keepdim=True), unit, value=-1)
-        basis.append(F.normalize(vector, dim=-1, eps=eps))
+        norm = vector.norm(dim=-1, keepdim=True)
+        basis.append(vector / torch.where(norm > eps * length, norm, torch.inf))
     return basis
 
 
@@ -508,7 +514,7 @@ class ReplayBuffer:
     def __init__(self, tasks: int, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
         new = partial(torch.zeros, tasks, capacity, device=device)  # pages of zeros take no memory before being written
         self.data = {"obs": new(obs_dim), "next_obs": new(obs_dim), "action": new(act_dim), "reward": new()}
-        self.tasks, self.capacity, self.added = torch.arange(tasks, device=device)[:, None], capacity, 0
+        self.task_index, self.capacity, self.added = torch.arange(tasks, device=device)[:, None], capacity, 0
 
     def __len__(self) -> int:
         """Transitions per task."""
@@ -523,8 +529,8 @@ class ReplayBuffer:
 
     def sample(self, batch_per_task: int) -> dict[str, Tensor]:
         """Uniform draws with replacement, the same number from each task: (tasks, batch_per_task, ...)."""
-        rows = torch.randint(len(self), (len(self.tasks), batch_per_task), device=self.tasks.device)
-        return {name: column[self.tasks, rows] for name, column in self.data.items()}
+        rows = torch.randint(len(self), (len(self.task_index), batch_per_task), device=self.task_index.device)
+        return {name: column[self.task_index, rows] for name, column in self.data.items()}
 
     def state_dict(self) -> dict:
         # a slice would save its whole storage: clone what is filled
@@ -536,8 +542,16 @@ class ReplayBuffer:
             self.data[name][:, : len(self)] = column
 
 
-def critic_loss(actor, critics, targets, log_alpha: Tensor, batch: dict[str, Tensor], gamma: float, max_q: float):
-    """Soft Bellman error of both critics, summed, per task (tasks,), and the mean of Q.
+def critic_loss(
+    actor: Actor,
+    critics: nn.ModuleList,
+    targets: nn.ModuleList,
+    log_alpha: Tensor,
+    batch: dict[str, Tensor],
+    gamma: float,
+    max_q: float,
+) -> tuple[Tensor, Tensor]:
+    """Soft Bellman error of both critics, summed, per task (tasks,), and the mean of the first critic's Q, 0-d.
 
     The end of an episode is only its time limit. log_alpha: (tasks,); batch: (tasks, batch, ...).
     """
@@ -550,7 +564,7 @@ def critic_loss(actor, critics, targets, log_alpha: Tensor, batch: dict[str, Ten
     return sum((q - y).square().mean(1) for q in values), values[0].detach().mean()
 
 
-def actor_loss(actor, critics, log_alpha: Tensor, obs: Tensor):
+def actor_loss(actor: Actor, critics: nn.ModuleList, log_alpha: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
     """alpha log pi - Q and the mean of log pi, both per task (tasks,)."""
     action, log_prob = actor.sample(obs)
     q = torch.min(*(critic.q(obs, action) for critic in critics))
@@ -559,6 +573,10 @@ def actor_loss(actor, critics, log_alpha: Tensor, obs: Tensor):
 
 class Agent:
     """Multi-task SAC with sparse or dense networks."""
+
+    # What a checkpoint holds beside log_alpha: attributes with a state_dict of their own, and plain values.
+    LEARNERS = ("actor", "critics", "targets", "actor_optimizer", "q_optimizer", "alpha_optimizer", "replay")
+    PLAIN = ("updates", "resets", "recycled", "grad_norms")
 
     def __init__(self, args: Args, tasks: int, obs_dim: int, act_dim: int, device: torch.device):
         self.args, self.tasks, self.act_dim, self.device = args, tasks, act_dim, device
@@ -582,7 +600,7 @@ class Agent:
             self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
         if args.sparsify == "set":
             self._draw_sparse_layers()
-        self.targets.load_state_dict(self.critics.state_dict())
+        self.targets.load_state_dict(self.critics.state_dict())  # their copies of the masks are never used again
 
     # ------------------------------------------------------------------------------------------------ sparsification
 
@@ -598,14 +616,17 @@ class Agent:
         return [(net, optimizer) for name, net, optimizer in self.networks() if (actor if name == "actor" else critic)]
 
     def _draw_sparse_layers(self) -> None:
-        """SET's initial connections. An expert's matrix counts as a layer of its own."""
+        """SET's initial connections. An expert's matrix counts as a layer of its own.
+
+        The weights keep the bound of a dense layer, so features begin small (the paper does not say how they do).
+        """
         for network, optimizer in self.sparse_networks():
             shapes = [tuple(layer.mask.shape[1:]) for layer in network.layers]
             for layer, count in zip(network.layers, erdos_renyi_counts(shapes, self.args.sparsity), strict=True):
                 masks = [random_mask(layer.mask.shape[1:], count) for _ in layer.mask]
                 apply_mask(layer, torch.stack(masks).to(self.device), optimizer)
 
-    def prune(self) -> None:
+    def prune_networks(self) -> None:
         """A pruning step of GMP, at the sparsity of the present update."""
         args = self.args
         schedule = (self.total_updates, args.prune_start, args.prune_end, args.sparsity)
@@ -620,7 +641,7 @@ class Agent:
             for layer, mask in zip(network.layers, masks, strict=True):
                 apply_mask(layer, mask, optimizer)
 
-    def evolve(self) -> None:
+    def evolve_networks(self) -> None:
         """A rewiring of SET in every layer."""
         for network, optimizer in self.sparse_networks():
             for layer in network.layers:
@@ -632,10 +653,10 @@ class Agent:
         """After an update: prune, rewire, recycle or reset if it is time. Returns what there is to log."""
         args, report = self.args, {}
         if args.sparsify == "gmp" and self.updates % args.prune_every == 0:
-            self.prune()
+            self.prune_networks()
             report |= self.densities()
         if args.sparsify == "set" and self.updates % args.evolve_every == 0:
-            self.evolve()
+            self.evolve_networks()
         if args.intervention == "redo" and self.updates % args.redo_every == 0:
             batch = self.replay.sample(max(1, METRIC_BATCH // self.tasks))
             q_input = torch.cat([batch["obs"], batch["action"]], -1)
@@ -752,9 +773,6 @@ class Agent:
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
-    LEARNERS = ("actor", "critics", "targets", "actor_optimizer", "q_optimizer", "alpha_optimizer", "replay")
-    PLAIN = ("updates", "resets", "recycled", "grad_norms")
-
     def named_weights(self) -> list[tuple[str, Tensor]]:
         """Everything that is learned, by name."""
         modules = {"actor": self.actor, "critics": self.critics, "targets": self.targets}
@@ -808,98 +826,6 @@ def fisher_trace(actor: Actor, obs: Tensor) -> Tensor:
     return torch.stack(traces).mean()
 
 
-# ------------------------------------------------------------------------------------------------------ environments
-
-
-class TaskEnvs:
-    """The training environments of some tasks, stepped in turn. All episodes have the same length.
-
-    Args:
-        tasks: Meta-World names.
-        seeds: of their goals, one per task.
-        episode_steps, reward_version: see `Args`.
-    """
-
-    def __init__(self, tasks: list[str], seeds: list[int], episode_steps: int, reward_version: str):
-        make = partial(make_env, max_episode_steps=episode_steps, reward_version=reward_version)
-        self.envs = [make(task, seed=seed) for task, seed in zip(tasks, seeds, strict=True)]
-
-    def reset(self) -> np.ndarray:
-        """Begin an episode in every environment: observations (tasks, obs_dim)."""
-        return np.stack([env.reset()[0] for env in self.envs])
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(tasks, act_dim) -> next observations (tasks, obs_dim), rewards (tasks,), successes (tasks,)."""
-        steps = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
-        obs, rewards, _, _, infos = zip(*steps, strict=True)
-        successes = np.array([info["success"] for info in infos], dtype=np.float32)
-        return np.stack(obs), np.array(rewards, dtype=np.float32), successes
-
-    def rng_states(self) -> list[dict]:
-        """The whole future of the environments at an episode's end."""
-        return [get_rng_state(env) for env in self.envs]
-
-    def set_rng_states(self, states: list[dict]) -> None:
-        for env, state in zip(self.envs, states, strict=True):
-            set_rng_state(env, state)
-
-    def close(self) -> None:
-        for env in self.envs:
-            env.close()
-
-
-class WorkerEnvs:
-    """The same, spread over processes: same arguments, same results."""
-
-    def __init__(self, tasks: list[str], seeds: list[int], episode_steps: int, reward_version: str, workers: int):
-        context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads
-        self.parts = [slice(part[0], part[-1] + 1) for part in np.array_split(np.arange(len(tasks)), workers)]
-        self.pipes, self.processes = [], []
-        for part in self.parts:
-            pipe, other = context.Pipe()
-            arguments = (other, tasks[part], seeds[part], episode_steps, reward_version)
-            process = context.Process(target=serve_envs, args=arguments, daemon=True)
-            process.start()
-            self.pipes.append(pipe)
-            self.processes.append(process)
-
-    def _call(self, method: str, arguments: list[tuple]) -> list:
-        """Call a method of TaskEnvs in every process; their results in the order of the tasks."""
-        for pipe, argument in zip(self.pipes, arguments, strict=True):
-            pipe.send((method, argument))
-        return [pipe.recv() for pipe in self.pipes]
-
-    def reset(self) -> np.ndarray:
-        return np.concatenate(self._call("reset", [()] * len(self.parts)))
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        results = self._call("step", [(actions[part],) for part in self.parts])
-        return tuple(np.concatenate(column) for column in zip(*results, strict=True))
-
-    def rng_states(self) -> list[dict]:
-        return [state for states in self._call("rng_states", [()] * len(self.parts)) for state in states]
-
-    def set_rng_states(self, states: list[dict]) -> None:
-        self._call("set_rng_states", [(states[part],) for part in self.parts])
-
-    def close(self) -> None:
-        self._call("close", [()] * len(self.parts))
-        for process in self.processes:
-            process.terminate()
-
-
-def serve_envs(pipe, *arguments) -> None:
-    """Body of a worker process: answer calls until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the training decides when to end
-    envs = TaskEnvs(*arguments)
-    while True:
-        try:
-            method, values = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(getattr(envs, method)(*values))
-
-
 # ------------------------------------------------------------------------------------------------------ the run
 
 
@@ -923,21 +849,13 @@ def check_args(args: Args) -> list[str]:
     }
     for name, values in choices.items():
         require(args, name, getattr(args, name) in values, "one of " + ", ".join(values))
-    for name in (
-        "total_steps",
-        "eval_every",
-        "eval_episodes",
-        "episodes",
-        "episode_steps",
-        "experts",
-        "width",
-        "depth",
-    ):
+    sizes = ("total_steps", "eval_every", "eval_episodes", "episodes", "episode_steps", "experts", "width", "depth")
+    intervals = ("prune_every", "evolve_every", "redo_every", "reset_every")
+    for name in (*sizes, *intervals, "batch_per_task", "torch_threads"):
         require(args, name, getattr(args, name) >= 1, "at least 1")
-    for name in ("batch_per_task", "prune_every", "evolve_every", "redo_every", "reset_every", "torch_threads"):
-        require(args, name, getattr(args, name) >= 1, "at least 1")
-    for name in ("checkpoint_every", "learning_starts", "num_workers", "seed", "dormant_tau", "weight_decay"):
+    for name in ("checkpoint_every", "learning_starts", "num_workers", "dormant_tau", "weight_decay"):
         require(args, name, 0 <= getattr(args, name) < math.inf, "at least 0")
+    require(args, "seed", 0 <= args.seed < 2**32, "at least 0 and below 2**32")
     for name in ("learning_rate", "max_grad_norm", "max_q"):
         require(args, name, 0 < getattr(args, name) < math.inf, "a positive number")
     for name in ("gamma", "tau", "zeta"):
@@ -947,6 +865,12 @@ def check_args(args: Args) -> list[str]:
     require(args, "prune_start", 0 <= args.prune_start < args.prune_end, below)
     require(args, "prune_end", args.prune_end <= 1, "at most 1")
     require(args, "depth", args.arch == "shared" or args.depth >= 2, f"at least 2 with --arch {args.arch}")
+    orthogonal = args.arch != "moore" or args.experts <= args.width
+    require(args, "experts", orthogonal, f"at most --width {args.width} with --arch moore")
+    something = args.sparsify == "none" or args.sparsify_actor or args.sparsify_critic
+    require(args, "sparsify", something, "none where neither actor nor critic is sparsified")
+    unclipped = args.reward_version == "v2" or args.max_q > Args.max_q
+    require(args, "reward_version", unclipped, f"v2 unless --max-q is above {Args.max_q}: v1 pays up to 2000 a step")
     try:
         tasks = task_sequence(args.benchmark)
     except ValueError as error:
@@ -956,16 +880,33 @@ def check_args(args: Args) -> list[str]:
     require(args, "buffer_size", args.buffer_size >= len(tasks), f"at least the number of tasks, {len(tasks)}")
     updates = count_updates(args, len(tasks))
     require(args, "learning_starts", updates >= 1, f"below --total-steps {args.total_steps} by a step of every task")
-    if args.sparsify == "gmp":
-        # else the run would end before its final sparsity, in silence
-        last = updates // args.prune_every * args.prune_every
-        reached = last >= args.prune_end * updates
-        require(args, "prune_every", reached, f"smaller: no pruning step falls into the last part of {updates} updates")
+    # else the run would end before its final sparsity, or without its intervention, in silence
+    last = updates // args.prune_every * args.prune_every
+    reached = args.sparsify != "gmp" or last >= args.prune_end * updates
+    require(args, "prune_every", reached, f"smaller: no pruning step falls into the last part of {updates} updates")
+    for name, wanted in (
+        ("evolve_every", args.sparsify == "set"),
+        ("redo_every", args.intervention == "redo"),
+        ("reset_every", args.intervention == "reset"),
+    ):
+        happens = not wanted or getattr(args, name) <= updates
+        require(args, name, happens, f"at most the number of updates, {updates}")
     return tasks
 
 
-def evaluate_task(actor: Actor, args: Args, tasks: list[str], index: int, episodes: int, video: Path | None, stop=None):
-    """Deterministic episodes of one task; its goals depend on the seed, the task and the episode number only."""
+def evaluate_task(
+    actor: Actor,
+    args: Args,
+    tasks: list[str],
+    index: int,
+    episodes: int,
+    video: Path | None,
+    stop: Callable[[], bool] | None = None,
+) -> dict | None:
+    """Deterministic episodes of one task; its goals depend on the seed, the task and the episode number only.
+
+    video: folder for the first episode. Returns what `metrics.evaluate` does.
+    """
     options = {"reward_version": args.reward_version, "max_episode_steps": args.episode_steps}
     env = make_env(tasks[index], seed=0, render_mode="rgb_array" if video else None, **options)
     if video:
@@ -978,19 +919,19 @@ def evaluate_task(actor: Actor, args: Args, tasks: list[str], index: int, episod
 
 
 def evaluate_run(args: Args) -> dict:
-    """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint on its tasks, print the table."""
+    """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint on its tasks, print the table; results by task index."""
     stored = Args(**stored_args(args.evaluate, Args))
     checkpoint = load_checkpoint(args.evaluate, "sparse_mtrl_gmp_set")
     tasks = task_sequence(stored.benchmark)
-    actor = Actor(stored, len(tasks), *env_sizes(tasks[0]))
+    actor = Actor(stored, len(tasks), *env_sizes(tasks[0])).to(select_device(args.device))
     actor.load_state_dict(checkpoint["agent"]["actor"])
     video = Path(args.evaluate) / "videos" / "evaluate" if args.capture_video else None
-    results = {}
-    print(f"{'task':<34}{'return':>12}{'success':>10}")
+    say, results = (lambda _: None) if args.quiet else print, {}
+    say(f"{'task':<34}{'return':>12}{'success':>10}")
     for index, task in enumerate(tasks):
         results[index] = result = evaluate_task(actor, stored, tasks, index, args.episodes, video)
-        print(f"{index:>2}  {task:<30}{result['episode_return']:>12.1f}{result['success']:>10.2f}")
-    print(f"{'mean':<34}{'':>12}{np.mean([result['success'] for result in results.values()]):>10.2f}")
+        say(f"{index:>2}  {task:<30}{result['episode_return']:>12.1f}{result['success']:>10.2f}")
+    say(f"{'mean':<34}{'':>12}{np.mean([result['success'] for result in results.values()]):>10.2f}")
     return results
 
 
@@ -1002,7 +943,10 @@ def env_sizes(task: str) -> tuple[int, int]:
 
 
 def main(args: Args) -> dict:
-    """Train on all tasks; returns what results.json holds. Raises ArgumentError, NotFiniteError, Interrupted."""
+    """Train on all tasks; returns what results.json holds, with --evaluate what `evaluate_run` does.
+
+    Raises ArgumentError, NotFiniteError, Interrupted.
+    """
     tasks = check_args(args)
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
@@ -1022,12 +966,7 @@ def main(args: Args) -> dict:
     run_name = f"sparse_mtrl_gmp_set__{label}__{args.seed}"
     recorder = Recorder(args, "sparse_mtrl_gmp_set", run_name, tasks, total_steps, checkpoint)
     # Where the run is; `step` counts the environment steps of all tasks.
-    at = {
-        "step": 0,
-        "next_eval": min(args.eval_every, total_steps),
-        "next_checkpoint": args.checkpoint_every or math.inf,
-    }
-    at |= {"envs": None, "plasticity": {}}
+    at = {"step": 0, "next_eval": min(args.eval_every, total_steps), "envs": None, "plasticity": {}}
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         at |= checkpoint["at"]
@@ -1058,52 +997,57 @@ def main(args: Args) -> dict:
             recorder.evaluation(at["step"], 0, index, args.eval_episodes, result)
         mean_success = float(np.mean([result["success"] for result in results]))
         at["plasticity"] = {name: float(value) for name, value in agent.plasticity().items()}
-        recorder.log(at["step"], {"eval/mean_success": mean_success} | at["plasticity"] | agent.densities())
+        recorder.log(at["step"], {"eval/mean_success": mean_success} | at["plasticity"])
+        if args.sparsify != "gmp":  # which logs them when it prunes
+            recorder.log(at["step"], agent.densities())
         following = (at["step"] // args.eval_every + 1) * args.eval_every
         at["next_eval"] = min(following, total_steps) if at["step"] < total_steps else math.inf
         successes = "  ".join(f"{task} {result['success']:.2f}" for task, result in zip(tasks, results, strict=True))
         recorder.say(f"step {at['step']}: mean success {mean_success:.2f}: {successes}")
 
-    if checkpoint is None:
-        at["envs"] = envs.rng_states()
-        save()
     warm_up, first_step, clock = args.learning_starts // len(tasks), at["step"], time.monotonic()
-    while True:  # once per episode
-        at["envs"] = envs.rng_states()
-        if at["step"] >= at["next_eval"]:
-            evaluate()
-        if recorder.stopped:
+    next_checkpoint = at["step"] + (args.checkpoint_every or math.inf)
+    with closing(envs):
+        if checkpoint is None:
+            at["envs"] = envs.rng_states()
             save()
-            recorder.leave()
-        if at["step"] == total_steps:
-            break
-        if at["step"] >= at["next_checkpoint"]:
-            at["next_checkpoint"] = at["step"] + args.checkpoint_every
-            save()
+        while True:  # once per episode
+            at["envs"] = envs.rng_states()
+            if at["step"] >= at["next_eval"]:
+                evaluate()
+            if recorder.stopped:
+                save()
+                recorder.leave()
+            if at["step"] == total_steps:
+                break
+            if at["step"] >= next_checkpoint:
+                next_checkpoint = at["step"] + args.checkpoint_every
+                save()
 
-        obs, episode_return, success = envs.reset(), 0.0, np.zeros(len(tasks))
-        for _ in range(min(args.episode_steps, (total_steps - at["step"]) // len(tasks))):
-            learning = at["step"] // len(tasks) >= warm_up
-            actions = agent.actor.act(obs) if learning else agent.random_actions()
-            recorder.require_finite("action", actions, at["step"])
-            next_obs, rewards, successes = envs.step(actions)
-            agent.replay.add(obs, next_obs, actions, rewards)
-            obs, episode_return, success = next_obs, episode_return + rewards.mean(), np.maximum(success, successes)
-            at["step"] += len(tasks)
-            if not learning:
-                continue
-            losses = agent.update()
-            recorder.log(at["step"], agent.intervene())
-            if agent.updates % LOG_EVERY == 0:
-                for name, value in losses.items():
-                    recorder.require_finite(f"losses/{name}", value, at["step"])
-                recorder.log(at["step"], {f"losses/{name}": value for name, value in losses.items()})
-                recorder.log(at["step"], {"charts/SPS": (at["step"] - first_step) / (time.monotonic() - clock)})
-        scalars = {"charts/episodic_return": episode_return, "charts/episodic_success": success.mean()}
-        recorder.log(at["step"], scalars)
-        recorder.progress(at["step"], ret=f"{episode_return:.0f}", success=f"{success.mean():.2f}")
+            obs, episode_return, success = envs.reset(), 0.0, np.zeros(len(tasks))
+            steps = min(args.episode_steps, (total_steps - at["step"]) // len(tasks))
+            for _ in range(steps):
+                learning = at["step"] // len(tasks) >= warm_up
+                actions = agent.actor.act(obs) if learning else agent.random_actions()
+                recorder.require_finite("action", actions, at["step"])
+                next_obs, rewards, successes = envs.step(actions)
+                agent.replay.add(obs, next_obs, actions, rewards)
+                obs, episode_return, success = next_obs, episode_return + rewards.mean(), np.maximum(success, successes)
+                at["step"] += len(tasks)
+                if not learning:
+                    continue
+                losses = agent.update()
+                recorder.log(at["step"], agent.intervene())
+                if agent.updates % LOG_EVERY == 0:
+                    for name, value in losses.items():
+                        recorder.require_finite(f"losses/{name}", value, at["step"])
+                    recorder.log(at["step"], {f"losses/{name}": value for name, value in losses.items()})
+                    recorder.log(at["step"], {"charts/SPS": (at["step"] - first_step) / (time.monotonic() - clock)})
+            if steps == args.episode_steps:  # not for the piece of an episode that may end the run
+                scalars = {"charts/episodic_return": episode_return, "charts/episodic_success": success.mean()}
+                recorder.log(at["step"], scalars)
+            recorder.progress(at["step"], ret=f"{episode_return:.0f}", success=f"{success.mean():.2f}")
 
-    envs.close()
     save()
     report = {"final_success": float(np.mean([row["success"] for row in recorder.rows[-len(tasks) :]]))}
     report |= {name: value for name, value in agent.densities().items() if name.endswith("density")}

@@ -3,12 +3,17 @@
 ``make_env`` gives every environment the same interface: flat float32 observations, float32 actions in [-1, 1],
 ``reset(seed=...)`` that reseeds, and termination told from truncation. ``get_rng_state`` and ``set_rng_state`` continue
 an environment bit for bit at an episode boundary. ``task_sequence`` and ``TASK_DESCRIPTIONS`` name Meta-World's tasks.
+``TaskEnvs`` and ``WorkerEnvs`` step several Meta-World tasks at once, in this process or in others.
 """
 
+import contextlib
 import ctypes.util
 import difflib
 import functools
+import multiprocessing
+import multiprocessing.resource_tracker
 import os
+import signal
 import sys
 import types
 from collections.abc import Iterable
@@ -433,3 +438,106 @@ def record_video(env: gym.Env, folder: Path) -> gym.Env:
     """Write the first episode of `env`, made with render_mode="rgb_array", to a new `folder` as mp4."""
     first = {"episode_trigger": lambda episode: episode == 0}
     return gym.wrappers.RecordVideo(env, str(folder), name_prefix=folder.name, disable_logger=True, **first)
+
+
+# ------------------------------------------------------------------------------------------------ several tasks at once
+
+
+class TaskEnvs:
+    """Environments of some Meta-World tasks, stepped in turn. All episodes have the same length.
+
+    Args:
+        tasks: Meta-World names.
+        seeds: of their goals, one per task.
+        max_episode_steps, reward_version: see ``make_env``.
+    """
+
+    def __init__(self, tasks: list[str], seeds: list[int], max_episode_steps: int, reward_version: str):
+        make = functools.partial(make_env, max_episode_steps=max_episode_steps, reward_version=reward_version)
+        self.envs = [make(task, seed=seed) for task, seed in zip(tasks, seeds, strict=True)]
+
+    def reset(self) -> np.ndarray:
+        """Begin an episode in every environment: observations (tasks, obs_dim)."""
+        return np.stack([env.reset()[0] for env in self.envs])
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tasks, act_dim) -> next observations (tasks, obs_dim), rewards (tasks,), successes (tasks,)."""
+        steps = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
+        obs, rewards, _, _, infos = zip(*steps, strict=True)
+        successes = np.array([info["success"] for info in infos], dtype=np.float32)
+        return np.stack(obs), np.array(rewards, dtype=np.float32), successes
+
+    def rng_states(self) -> list[dict]:
+        """The whole future of the environments at an episode's end."""
+        return [get_rng_state(env) for env in self.envs]
+
+    def set_rng_states(self, states: list[dict]) -> None:
+        for env, state in zip(self.envs, states, strict=True):
+            set_rng_state(env, state)
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+class WorkerEnvs:
+    """The same, spread over processes. Same arguments, same results, where PyTorch flushes denormal numbers.
+
+    The processes never see SIGINT and SIGTERM, which come to a whole group: they end when this one closes them or ends.
+    """
+
+    def __init__(self, tasks: list[str], seeds: list[int], max_episode_steps: int, reward_version: str, workers: int):
+        context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads
+        self.parts = [slice(part[0], part[-1] + 1) for part in np.array_split(np.arange(len(tasks)), workers)]
+        self.pipes, self.processes = [], []
+        multiprocessing.resource_tracker.ensure_running()  # comes with the first process and unblocks the signals
+        # a child inherits what is blocked; set in the child, it would come after the imports, which take seconds
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            for part in self.parts:
+                pipe, other = context.Pipe()
+                arguments = (other, tasks[part], seeds[part], max_episode_steps, reward_version)
+                process = context.Process(target=serve_envs, args=arguments, daemon=True)
+                process.start()
+                self.pipes.append(pipe)
+                self.processes.append(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    def _call(self, method: str, arguments: list[tuple]) -> list:
+        """Call a method of TaskEnvs in every process; their results in the order of the tasks."""
+        for pipe, argument in zip(self.pipes, arguments, strict=True):
+            pipe.send((method, argument))
+        return [pipe.recv() for pipe in self.pipes]
+
+    def reset(self) -> np.ndarray:
+        return np.concatenate(self._call("reset", [()] * len(self.parts)))
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        results = self._call("step", [(actions[part],) for part in self.parts])
+        return tuple(np.concatenate(column) for column in zip(*results, strict=True))
+
+    def rng_states(self) -> list[dict]:
+        return [state for states in self._call("rng_states", [()] * len(self.parts)) for state in states]
+
+    def set_rng_states(self, states: list[dict]) -> None:
+        self._call("set_rng_states", [(states[part],) for part in self.parts])
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join()
+
+
+def serve_envs(pipe, *arguments) -> None:
+    """Body of a worker process: answer calls until the other end is gone."""
+    import torch
+
+    torch.set_flush_denormal(True)  # as the scripts do: it is the processor's setting, for MuJoCo and NumPy too
+    envs = TaskEnvs(*arguments)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            method, values = pipe.recv()
+            pipe.send(getattr(envs, method)(*values))
+    envs.close()
