@@ -28,7 +28,7 @@ We implement the paper. Where the authors' code differs:
 
 What the paper leaves open: omega limits pruning layer by layer, so a layer that starts dense is never pruned; who is
 dormant is judged after the optimizer step; the average that starts the review begins with the first change; the
-buffer is emptied at each visit, so old tasks are not reviewed. Its epsilon of 0.01 would review nearly always: 0.001.
+buffer is emptied at each visit, so old tasks are not reviewed.
 """
 
 import math
@@ -170,8 +170,8 @@ class Args:
     """experience review"""
     review_interval: int = 1000
     """critic updates between measurements of the dormant ratio"""
-    review_threshold: float = 0.001
-    """epsilon: review while the smoothed change of the critics' dormant ratio is below (with 0.01: nearly always)"""
+    review_threshold: float = 0.01
+    """epsilon: review while the smoothed change of the critics' dormant ratio is below"""
     review_probability: float = 0.5
     """probability of a batch from the oldest transitions while in review"""
     review_fraction: float = 0.3

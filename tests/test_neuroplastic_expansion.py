@@ -474,6 +474,7 @@ def test_defaults_are_the_papers():
     named |= {"eval_every": 5000, "eval_episodes": 10, "action_repeat": 1, "initial_density": 0.2, "final_density": 1}
     named |= {"topology_interval": 10_000, "topology_end": 0.75, "prune_limit": 0.4, "dormant_threshold": 0}
     named |= {"review_interval": 1000, "review_probability": 0.5, "review_fraction": 0.3}
+    named["review_threshold"] = 0.01
     assert {name: getattr(args, name) for name in named} == named
     assert (args.growth, args.prune, args.review) == ("gradient", "dormant", True)
     for optimizer in agent.optimizers.values():
