@@ -56,6 +56,7 @@ from common.recorder import (
 
 LOG_EVERY = 1000  # environment steps between two points of the loss curves
 METRIC_BATCH = 1000  # recent transitions on which plasticity is measured
+CONSTANT = 1e-3  # a goal proximity that changes by less (success, m, reward of a step) does not tell steps apart
 DORMANT_TAU = 0.025  # of the logged dormant ratio, as in Sokar et al. 2023
 ACTOR_EVERY = 2  # every second update trains the actor, twice (CleanRL)
 SOLVED, SOLVED_IN_A_ROW = 0.95, 3  # a task is solved after so many evaluations at this success or above
@@ -225,15 +226,16 @@ class Critic(nn.Module):
 
 
 def goal_proximity(rollout: dict[str, Tensor], gpm: str) -> tuple[Tensor, str]:
-    """Goal proximity q(t) of each step, (T,), and the measure that it is.
+    """Goal proximity q(t) of each step, (T,), and the measure that it is: the first that changes, or "none".
 
-    rollout: `success`, `distance` (obj_to_target, m) and `reward` of each step, (T,) each. Where success never changes
-    it cannot tell neurons apart: then the distance takes its place.
+    rollout: `success`, `distance` (obj_to_target, m) and `reward` of each step, (T,) each. A constant q cannot tell
+    neurons apart. After `gpm` come distance, which on many tasks is constant until the object is moved, and reward.
     """
-    success = rollout["success"]
-    if gpm == "success" and success.min() == success.max():
-        gpm = "distance"
-    return -rollout["distance"] if gpm == "distance" else rollout[gpm], gpm
+    for measure in (gpm, "distance", "reward"):
+        q = -rollout["distance"] if measure == "distance" else rollout[measure]
+        if q.max() - q.min() > CONSTANT:
+            return q, measure
+    return torch.zeros_like(q), "none"
 
 
 def neuron_scores(features: list[Tensor], q: Tensor) -> list[Tensor]:
@@ -242,14 +244,14 @@ def neuron_scores(features: list[Tensor], q: Tensor) -> list[Tensor]:
     Acc(N) = 1/T sum_t 1[1[a(N, t) > mean a(N)] = 1[q(t) > mean q]]: both above their means or neither.
 
     features: activations a, (T, width) for each hidden layer; q: goal proximity (T,). -> (width,) for each layer, NaN
-    for a neuron that is constant over the T steps.
+    for a neuron that is constant over the T steps, and for all where q is.
     """
-    near, scores = q.double() > q.double().mean(), []
+    near, scores, constant = q.double() > q.double().mean(), [], q.amin() == q.amax()
     for a in features:
         a = a.double()  # so that the rounding of a mean decides nothing
         accuracy = ((a > a.mean(0)) == near[:, None]).double().mean(0)
         score = torch.maximum(accuracy, 1 - accuracy).float()
-        scores.append(torch.where(a.amin(0) == a.amax(0), torch.nan, score))
+        scores.append(torch.where(constant | (a.amin(0) == a.amax(0)), torch.nan, score))
     return scores
 
 
@@ -473,7 +475,7 @@ class Agent:
         self.scores: dict[int, dict[str, list[Tensor]]] = {}  # scores[task][network][layer], of the latest visit
         self.masked = {"actor": [], "critics": []}  # pairs of parameter and mask, see `masked_parameters`
         self.updates = 0
-        self.losses: dict[str, Tensor] = {}  # the latest ones, 0-d
+        self.losses: dict[str, Tensor] = {}  # the latest ones, 0-d; on batches of earlier tasks "previous/..."
 
     def networks(self) -> dict[str, Actor | Critic]:
         """The networks whose neurons are scored, each ranked by itself."""
@@ -491,22 +493,23 @@ class Agent:
         self.updates += 1
         replays = len(self.previous) > 0 and self.updates % args.replay_interval == 0
         batch = (self.previous if replays else self.replay).sample(args.batch_size)
+        group = "previous/" if replays else ""
 
         q_loss, q_mean = self.critic_loss(self.actor, self.critics, self.targets, self.log_alpha, batch, args.gamma)
         self.q_optimizer.zero_grad(set_to_none=True)
         q_loss.backward()
         masked_step(self.q_optimizer, self.masked["critics"], args.mask_target)
-        self.losses |= {"critic": q_loss.detach(), "q": q_mean}
+        self.losses |= {f"{group}critic": q_loss.detach(), f"{group}q": q_mean}
 
         if self.updates % ACTOR_EVERY == 0:
             for _ in range(ACTOR_EVERY):
-                self._update_actor(batch["obs"])
+                self._update_actor(batch["obs"], group)
 
         with torch.no_grad():
             for target, value in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
                 target.lerp_(value, args.tau)
 
-    def _update_actor(self, obs: Tensor) -> None:
+    def _update_actor(self, obs: Tensor, group: str = "") -> None:
         policy_loss, log_prob = self.actor_loss(self.actor, self.critics, self.log_alpha, obs)
         self.actor_optimizer.zero_grad(set_to_none=True)
         policy_loss.backward(inputs=self.actor_parameters)  # no gradients of the critics' weights
@@ -516,7 +519,8 @@ class Agent:
         self.alpha_optimizer.zero_grad(set_to_none=True)
         alpha_loss.backward()
         self.alpha_optimizer.step()
-        self.losses |= {"actor": policy_loss.detach(), "alpha": self.log_alpha.detach().exp(), "entropy": -log_prob}
+        self.losses |= {f"{group}actor": policy_loss.detach(), f"{group}entropy": -log_prob}
+        self.losses["alpha"] = self.log_alpha.detach().exp()
 
     # ----------------------------------------------------------------------------------------------- task borders
 
@@ -627,7 +631,7 @@ def check_args(args: Args) -> None:
         require(args, name, getattr(args, name) in values, "one of " + ", ".join(values))
     for name in ("cycles", "steps_per_task", "eval_every", "eval_episodes", "episodes", "hidden_dim", "hidden_layers"):
         require(args, name, getattr(args, name) >= 1, "at least 1")
-    for name in ("batch_size", "previous_buffer_size", "replay_interval", "torch_threads"):
+    for name in ("batch_size", "replay_interval", "torch_threads"):
         require(args, name, getattr(args, name) >= 1, "at least 1")
     for name in ("checkpoint_every", "learning_starts", "seed"):
         require(args, name, getattr(args, name) >= 0, "at least 0")
@@ -641,6 +645,8 @@ def check_args(args: Args) -> None:
     below = f"below --steps-per-task {args.steps_per_task}"
     require(args, "learning_starts", args.learning_starts < args.steps_per_task, below)
     require(args, "batch_size", args.batch_size < args.steps_per_task, below)
+    tasks = len(cycle_of(args))
+    require(args, "previous_buffer_size", args.previous_buffer_size >= tasks, f"at least the number of tasks, {tasks}")
 
 
 def cycle_of(args: Args) -> list[str]:
@@ -739,32 +745,46 @@ def ablation(agent: Agent, tasks: list[str], index: int, scores: list[Tensor], e
     return report
 
 
-def evaluate_run(args: Args) -> dict:
-    """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint on its tasks, print the table."""
+def fallback_warning(args: Args, measure: str) -> str:
+    """The line for a task whose neurons are scored by another measure than `--gpm`, or by none."""
+    found = "there are no skill neurons" if measure == "none" else f"neurons are scored by {measure}"
+    return f"warning: {args.gpm} did not change in {args.score_steps} steps: {found}"
+
+
+def evaluate_run(args: Args) -> dict[int, dict]:
+    """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint on its tasks; prints the table, unless `--quiet`.
+
+    Returns what `evaluate_task` returns by task index, with the report of `--ablate-neurons` under `ablation`.
+    """
     stored = Args(**stored_args(args.evaluate, Args))
     checkpoint = load_checkpoint(args.evaluate, "nbsp")
-    tasks = cycle_of(stored)
-    agent = make_agent(stored, tasks, torch.device("cpu"))
+    tasks, say = cycle_of(stored), (lambda line: None) if args.quiet else print
+    agent = make_agent(stored, tasks, select_device(args.device))
     agent.load_state_dict(checkpoint["agent"])
     video = Path(args.evaluate) / "videos" / "evaluate" if args.capture_video else None
     seen = {}
-    print(f"{'task':<34}{'return':>12}{'success':>10}")
+    say(f"{'task':<34}{'return':>12}{'success':>10}")
     for index, task in enumerate(tasks):
         seen[index] = result = evaluate_task(agent.actor, stored, tasks, index, args.episodes, video)
-        print(f"{index:>2}  {task:<30}{result['episode_return']:>12.1f}{result['success']:>10.2f}")
+        say(f"{index:>2}  {task:<30}{result['episode_return']:>12.1f}{result['success']:>10.2f}")
         if args.ablate_neurons:
             rollout = score_rollout(agent.actor, stored, tasks, index)
-            scores = agent.score(rollout, goal_proximity(rollout, stored.gpm)[0])["actor"]
-            result["ablation"] = ablation(agent, tasks, index, scores, args.episodes)
+            q, measure = goal_proximity(rollout, stored.gpm)
+            if measure != stored.gpm:
+                say(fallback_warning(stored, measure))
+            result["ablation"] = ablation(agent, tasks, index, agent.score(rollout, q)["actor"], args.episodes)
             for name in ("without_skill", "without_random"):
-                left = [result["ablation"][f"{measure}_{name}"] for measure in ("return", "success")]
-                print(f"    {name.replace('_', ' ') + ' neurons':<30}{left[0]:>12.1f}{left[1]:>10.2f}")
+                left = [result["ablation"][f"{value}_{name}"] for value in ("return", "success")]
+                say(f"    {name.replace('_', ' ') + ' neurons':<30}{left[0]:>12.1f}{left[1]:>10.2f}")
     return seen
 
 
-def solved(rows: list[dict], phase: int, task: int) -> bool:
-    """Whether the last three evaluations of a phase all had success 0.95 or above on its task."""
-    successes = [row["success"] for row in rows if (row["phase"], row["task_index"]) == (phase, task)]
+def solved(rows: list[dict], task: int, since: int) -> bool:
+    """Whether the last three evaluations of a task all had success 0.95 or above; only those after step `since` count.
+
+    rows: dicts with `global_step`, `task_index` and `success`, as in evaluations.csv.
+    """
+    successes = [row["success"] for row in rows if row["task_index"] == task and row["global_step"] > since]
     return len(successes) >= SOLVED_IN_A_ROW and min(successes[-SOLVED_IN_A_ROW:]) >= SOLVED
 
 
@@ -811,8 +831,7 @@ def report_scores(agent: Agent, task: int, measure: str, recorder: Recorder, glo
         scalars[f"method/previous_transitions/{recorder.tasks[owner]}"] = kept
     recorder.log(global_step, scalars)
     if measure != agent.args.gpm:
-        steps = agent.args.score_steps
-        recorder.say(f"warning: success did not change in {steps} steps: neurons are scored by {measure}")
+        recorder.say(fallback_warning(agent.args, measure))
     recorder.say(f"{recorder.tasks[task]}: skill neurons per layer: {', '.join(counts)}")
 
 
@@ -836,7 +855,10 @@ def draw_skill_map(figure, agent: Agent, tasks: list[str]) -> None:
 
 
 def main(args: Args) -> dict:
-    """Train on the cycles; returns what results.json holds. Raises ArgumentError, NotFiniteError, Interrupted."""
+    """Train on the cycles; returns what results.json holds, with `--evaluate` what `evaluate_run` returns.
+
+    Raises ArgumentError, NotFiniteError, Interrupted.
+    """
     check_args(args)
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
@@ -857,7 +879,7 @@ def main(args: Args) -> dict:
     recorder = Recorder(args, "nbsp", f"nbsp__{label}__{args.seed}", tasks, phases * args.steps_per_task, checkpoint)
     # Where the run is: a phase is one visit to a task, `step` counts its environment steps.
     start = {"step": 0, "next_eval": min(args.eval_every, args.steps_per_task), "env": None}
-    at = {"phase": 0, "phase_steps": [], "ablations": []} | start
+    at = {"phase": 0, "phase_steps": [], "scored_by": [], "ablations": []} | start
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         at |= checkpoint["at"]
@@ -901,6 +923,7 @@ def main(args: Args) -> dict:
         if at["env"] is not None:
             set_rng_state(env, at["env"])
         warm_up = args.learning_starts if phase < len(tasks) else 0
+        learning_since = sum(at["phase_steps"]) + warm_up  # no evaluation before counts as solved
         next_save = at["step"] + save_every
 
         while True:  # once per episode
@@ -912,7 +935,7 @@ def main(args: Args) -> dict:
             if recorder.stopped:
                 save()
                 recorder.leave()
-            if ended or (args.stop_when_solved and solved(recorder.rows, phase, task)):
+            if ended or (args.stop_when_solved and solved(recorder.rows, task, learning_since)):
                 break
             if at["step"] >= next_save:
                 next_save = at["step"] + save_every
@@ -954,12 +977,14 @@ def main(args: Args) -> dict:
         report_scores(agent, task, measure, recorder, global_step())
         if args.ablate_neurons:
             at["ablations"].append({"phase": phase} | ablated)
+        at["scored_by"].append(measure)
         at |= {"phase": phase + 1, "phase_steps": [*at["phase_steps"], at["step"]]} | start
         save()
 
     last = {(row["phase"], row["task_index"]): row["success"] for row in recorder.rows}
     success = np.array([[last[phase, index] for index in range(len(tasks))] for phase in range(phases)])
-    report = cycling_metrics(success) | {"success_after_phase": success.tolist(), "phase_steps": at["phase_steps"]}
+    report = cycling_metrics(success) | {"success_after_phase": success.tolist()}
+    report |= {"phase_steps": at["phase_steps"], "scored_by": at["scored_by"]}
     if args.ablate_neurons:
         report["ablations"] = at["ablations"]
     picture = partial(draw_skill_map, agent=agent, tasks=tasks)

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nbsp
-from common.recorder import Interrupted, load_checkpoint
+from common.recorder import ArgumentError, Interrupted, load_checkpoint
 from nbsp import Agent, Args, PreviousTasks, ReplayBuffer
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,7 @@ def test_scores_equal_a_double_loop_over_neurons_and_steps(seed, steps, widths):
             a_mean, q_mean, hits = sum(values) / steps, sum(q.tolist()) / steps, 0
             for t in range(steps):
                 hits += (values[t] > a_mean) == (q[t].item() > q_mean)
-            if len(set(values)) == 1:
+            if len(set(values)) == 1 or len(set(q.tolist())) == 1:
                 assert math.isnan(score[n])
             else:
                 assert score[n].item() == pytest.approx(max(hits / steps, 1 - hits / steps))
@@ -178,8 +178,28 @@ def test_goal_proximity_and_its_fallback():
     for gpm, expected in (("success", [0, 1]), ("distance", [-3, -1]), ("reward", [5, 4])):
         q, measure = nbsp.goal_proximity(rollout, gpm)
         assert q.tolist() == expected and measure == gpm
-    q, measure = nbsp.goal_proximity(rollout | {"success": torch.zeros(2)}, "success")
+    # the first measure that changes takes its place
+    failed, untouched = {"success": torch.zeros(2)}, {"distance": torch.tensor([0.2400, 0.2402])}
+    q, measure = nbsp.goal_proximity(rollout | failed, "success")
     assert q.tolist() == [-3, -1] and measure == "distance"
+    for gpm in ("success", "distance"):
+        q, measure = nbsp.goal_proximity(rollout | failed | untouched, gpm)
+        assert q.tolist() == [5, 4] and measure == "reward"
+    still = rollout | failed | untouched | {"reward": torch.ones(2)}
+    for gpm in ("success", "distance", "reward"):
+        q, measure = nbsp.goal_proximity(still, gpm)
+        assert measure == "none" and nbsp.neuron_scores([torch.rand(2, 3)], q)[0].isnan().all()
+    assert "there are no skill neurons" in nbsp.fallback_warning(Args(), "none")
+
+
+def test_without_any_measure_a_task_masks_nothing():
+    agent, rollout = make_agent(), {"obs": torch.randn(50, OBS_DIM), "action": torch.randn(50, ACT_DIM)}
+    fill(agent.replay, 50)
+    agent.end_task(0, agent.score(rollout, torch.zeros(50)))
+    assert all((mask == 1).all() for pairs in agent.masked.values() for _, mask in pairs)
+    skill = agent.skill(0)["actor"]
+    assert not torch.cat(skill).any()
+    assert not torch.cat(nbsp.random_neurons(skill, agent.scores[0]["actor"], (1, 0))).any()
 
 
 # --------------------------------------------------------------------------------------------------- gradient masking
@@ -296,7 +316,7 @@ def test_replay_keeps_the_latest_transitions(capacity, added, count):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    capacity=st.integers(1, 60),
+    capacity=st.integers(4, 60),  # at least one for each task
     visits=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=7),
 )
 def test_earlier_tasks_share_the_buffer_equally(capacity, visits):
@@ -313,8 +333,6 @@ def test_earlier_tasks_share_the_buffer_equally(capacity, visits):
         for owner, (_, held) in latest.items():
             available = held if owner == task else before[owner]
             assert counts.get(owner, 0) == min(share, available)
-            if share < 1:  # capacity below the number of tasks
-                return
         assert len(previous) == sum(counts.values()) <= capacity
         rows = list(
             zip(previous.task.tolist(), *previous.data["obs"].T.tolist(), previous.data["reward"].tolist(), strict=True)
@@ -358,6 +376,20 @@ def test_every_kth_batch_comes_whole_from_earlier_tasks(method, expected, monkey
     for _ in range(13):
         agent.update()
     assert [n + 1 for n, name in enumerate(drawn) if name == "old"] == expected and len(drawn) == 13
+
+
+def test_losses_on_present_and_earlier_tasks_have_their_own_names():
+    agent = experienced_agent(tasks=1, updates=0)
+    names = {"critic", "q", "actor", "entropy"}
+    agent.updates, agent.losses = 0, {}
+    for _ in range(3):
+        agent.update()
+    assert set(agent.losses) == names | {"alpha"}
+    of_the_present = dict(agent.losses)
+    agent.update()  # the fourth, on earlier tasks
+    assert set(agent.losses) == names | {"alpha"} | {f"previous/{name}" for name in names}
+    for name in names:
+        assert agent.losses[name] is of_the_present[name] and agent.losses[f"previous/{name}"] != agent.losses[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------- SAC
@@ -503,13 +535,15 @@ def test_cycling_metrics_equal_a_walk_through_the_phases(tasks, cycles, seed):
 
 
 def test_a_task_is_solved_after_three_good_evaluations_running():
-    def rows(successes, phase=1, task=0):
-        return [{"phase": phase, "task_index": task, "success": success} for success in successes]
+    def rows(successes, task=0):
+        return [{"global_step": 10 * n, "task_index": task, "success": s} for n, s in enumerate(successes, start=1)]
 
-    assert nbsp.solved(rows([0.2, 1.0, 0.95, 1.0]), 1, 0)
-    assert not nbsp.solved(rows([1.0, 1.0]), 1, 0)
-    assert not nbsp.solved(rows([1.0, 1.0, 0.9]), 1, 0) and not nbsp.solved(rows([1.0, 1.0, 0.9, 1.0]), 1, 0)
-    assert not nbsp.solved(rows([1.0] * 3, phase=0) + rows([1.0] * 3, task=1), 1, 0)
+    assert nbsp.solved(rows([0.2, 1.0, 0.95, 1.0]), 0, 0)
+    assert not nbsp.solved(rows([1.0, 1.0]), 0, 0)
+    assert not nbsp.solved(rows([1.0, 1.0, 0.9]), 0, 0) and not nbsp.solved(rows([1.0, 1.0, 0.9, 1.0]), 0, 0)
+    assert not nbsp.solved(rows([1.0] * 3, task=1), 0, 0)
+    # not those of an earlier phase or of the warm-up
+    assert nbsp.solved(rows([1.0] * 4), 0, 10) and not nbsp.solved(rows([1.0] * 4), 0, 20)
 
 
 def test_one_hot_follows_the_observation():
@@ -582,6 +616,9 @@ def test_results_hold_success_after_each_phase_and_its_measures(finished_run):
     for row in checkpoint["record"]["rows"]:
         assert success[row["phase"]][row["task_index"]] == row["success"]
     assert {name: results["metrics"][name] for name in ("asr", "fm", "fwt")} == nbsp.cycling_metrics(np.array(success))
+    # no success in so few steps; the distance to reach-v3's goal always changes, that of the drawer once it is touched
+    assert results["metrics"]["scored_by"][::2] == ["distance"] * 2
+    assert set(results["metrics"]["scored_by"][1::2]) <= {"distance", "reward"}
     assert results["metrics"]["phase_steps"] == [300] * 4 and results["global_step"] == 1200
     assert [(r["global_step"], r["phase"], r["task_index"]) for r in checkpoint["record"]["rows"]] == [
         (300 * (phase + 1), phase, index) for phase in range(4) for index in range(2)
@@ -591,19 +628,22 @@ def test_results_hold_success_after_each_phase_and_its_measures(finished_run):
 
 
 def test_a_solved_task_ends_its_visit(tmp_path, monkeypatch):
-    """Every evaluation says that drawer-close succeeds: its visits end after three, those to reach never."""
+    """Every evaluation says that drawer-close succeeds: its visits end after three, those to reach never.
+
+    The evaluation at step 200, the warm-up's end, does not count: no visit ends before there were updates.
+    """
     true_evaluate = nbsp.evaluate_task
 
     def evaluate_task(actor, args, tasks, index, *rest, **options):
         return true_evaluate(actor, args, tasks, index, *rest, **options) | {"success": float(index)}
 
     monkeypatch.setattr(nbsp, "evaluate_task", evaluate_task)
-    changes = {"steps_per_task": 1000, "learning_starts": 900, "eval_every": 200, "cycles": 1}
+    changes = {"steps_per_task": 800, "learning_starts": 200, "eval_every": 200}
     results = nbsp.main(Args(**(TINY | changes), run_dir=str(tmp_path / "run")))
-    assert results["metrics"]["phase_steps"] == [1000, 600] and results["global_step"] == 1600
-    assert results["metrics"]["success_after_phase"] == [[0, 1], [0, 1]]
-    changes |= {"stop_when_solved": False, "eval_every": 1000}
-    assert nbsp.main(Args(**(TINY | changes), run_dir=str(tmp_path / "full")))["global_step"] == 2000
+    assert results["metrics"]["phase_steps"] == [800, 800, 800, 600] and results["global_step"] == 3000
+    assert results["metrics"]["success_after_phase"] == [[0, 1]] * 4
+    changes |= {"stop_when_solved": False, "eval_every": 1000, "cycles": 1, "learning_starts": 700}
+    assert nbsp.main(Args(**(TINY | changes), run_dir=str(tmp_path / "full")))["global_step"] == 1600
 
 
 class Point(gym.Env):
@@ -785,6 +825,7 @@ BAD_ARGUMENTS = {
     "proportion": (["--skill-proportion", "1.2"], r"--skill-proportion 1\.2: must be between 0 and 1"),
     "not a number": (["--mask-factor", "nan"], r"--mask-factor nan: must be between 0 and 1"),
     "interval": (["--replay-interval", "0"], r"--replay-interval 0: must be at least 1"),
+    "old buffer": (["--previous-buffer-size", "1"], r"--previous-buffer-size 1: must be at least .*tasks, 2"),
     "warm-up": (["--steps-per-task", "5000"], r"--learning-starts 5000: must be below --steps-per-task 5000"),
     "small buffer": (["--buffer-size", "100"], r"--buffer-size 100: must be at least --batch-size 256"),
     "cuda": (["--device", "cuda"], r"--device cuda: .*no CUDA"),
@@ -861,8 +902,14 @@ def test_evaluate_gives_the_last_evaluation_of_the_run(finished_run, capsys):
         assert result["ablation"]["return_whole"] == result["episode_return"]
         assert result["ablation"]["return_without_skill"] != result["episode_return"]
     out = capsys.readouterr().out
+    assert out.count("warning: success did not change in 150 steps: neurons are scored by") == 2
     assert "drawer-close-v3" in out and out.count("without skill neurons") == out.count("without random neurons") == 2
     assert {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()} == before
+    quiet = nbsp.main(Args(evaluate=str(run_dir), episodes=1, quiet=True))
+    assert quiet[0]["episode_return"] == final[0]["final_return"] and capsys.readouterr().out == ""
+    if not torch.cuda.is_available():
+        with pytest.raises(ArgumentError, match="no CUDA"):
+            nbsp.main(Args(evaluate=str(run_dir), device="cuda"))
 
 
 def test_evaluating_more_often_changes_nothing_in_training(finished_run, tmp_path):
