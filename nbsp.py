@@ -11,16 +11,17 @@ weights move a tenth as far or less, the others move freely. Every tenth update 
 Read first: `goal_proximity` and `neuron_scores` (Algorithm 1), `skill_neurons`, `gradient_masks` (Eq. 5), `masked_step`
 (Eq. 6), `PreviousTasks` (Eq. 7), then `Agent.update` and `main`.
 
-    python nbsp.py --quick                                          # two easy tasks, twice: minutes on a laptop CPU
+    python nbsp.py --quick                                          # two easy tasks, twice: up to 25 minutes on a CPU
     python nbsp.py --task-seq window-open,window-close --cycles 2   # the paper's first cycle, 500 000 steps a task
 
 There is no public code. What the paper leaves open, and what we chose:
 
 1. Adam divides a constant scale of the gradient away. So the mask scales the weight's step, and Adam's moments see the
    whole gradient (`--mask-target update`); `gradient` is the paper's letter.
-2. A step's goal proximity is its success flag; other measures by `--gpm`.
-3. Neurons that are constant while scored are no skill neurons. By the formula a dead neuron beats every live one when
-   success is rare.
+2. A step's goal proximity is its success flag (`--gpm`); where that never changes the distance to the target, or else
+   the reward.
+3. Neurons that are constant while scored are no skill neurons: by the formula a dead one scores the share of failures.
+   One that fires in a single step scores about as much, and is chosen: with rare success the score says little.
 4. "Earlier tasks" are all that were trained before, with the present one when it comes again; each by its latest scores
    and its latest transitions.
 5. Batches are drawn from the old tasks instead of the present one, not mixed with it.
@@ -323,7 +324,7 @@ def without_neurons(network: Actor, neurons: list[Tensor]) -> Actor:
 
 
 def random_neurons(skill: list[Tensor], scores: list[Tensor], seed: tuple[int, ...]) -> list[Tensor]:
-    """As many neurons in each layer as `skill` has, drawn from those that are not constant. Boolean masks like it."""
+    """As many neurons of each layer as in `skill`, drawn from those not constant: masks like it. seed: of the draw."""
     generator, masks = np.random.default_rng(seed), []
     for chosen, score in zip(skill, scores, strict=True):
         alive = (~score.isnan()).nonzero()[:, 0].cpu().numpy()
@@ -432,8 +433,13 @@ class PreviousTasks:
 # ------------------------------------------------------------------------------------------------------------- SAC
 
 
-def critic_loss(actor, critics, targets, log_alpha: Tensor, batch: dict[str, Tensor], gamma: float):
-    """Soft Bellman error of both critics, summed, and the mean of Q. The end of an episode is only its time limit."""
+def critic_loss(
+    actor: Actor, critics: nn.ModuleList, targets: nn.ModuleList, log_alpha: Tensor, batch: dict, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Soft Bellman error of both critics, summed, and the mean of Q, 0-d. The end of an episode is only its time limit.
+
+    batch: `obs`, `next_obs` (batch, obs_dim), `action` (batch, act_dim), `reward` (batch,).
+    """
     with torch.no_grad():
         next_action, next_log_prob = actor.sample(batch["next_obs"])
         next_input = torch.cat([batch["next_obs"], next_action], 1)
@@ -444,8 +450,8 @@ def critic_loss(actor, critics, targets, log_alpha: Tensor, batch: dict[str, Ten
     return sum(F.mse_loss(q, y) for q in values), values[0].detach().mean()
 
 
-def actor_loss(actor, critics, log_alpha: Tensor, obs: Tensor):
-    """alpha log pi - Q over the batch, and the mean of log pi."""
+def actor_loss(actor: Actor, critics: nn.ModuleList, log_alpha: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of alpha log pi - Q over observations (batch, obs_dim), and the mean of log pi, 0-d."""
     action, log_prob = actor.sample(obs)
     q_input = torch.cat([obs, action], 1)
     q = torch.min(*(critic(q_input) for critic in critics))
@@ -559,7 +565,7 @@ class Agent:
     # ----------------------------------------------------------------------------------------------- measurements
 
     def plasticity(self) -> dict[str, Tensor]:
-        """Plasticity metrics of actor and critics on recent transitions."""
+        """Plasticity metrics of actor and critics on recent transitions, 0-d tensors by their name in TensorBoard."""
         batch = self.replay.recent(METRIC_BATCH)
         q_input = torch.cat([batch["obs"], batch["action"]], 1)
         features = {"actor": metrics.hidden_features(self.actor, batch["obs"])}
@@ -686,8 +692,13 @@ def make_agent(args: Args, tasks: list[str], device: torch.device) -> Agent:
     return Agent(args, env.observation_space.shape[0], env.action_space.shape[0], device)
 
 
-def evaluate_task(actor: Actor, args: Args, tasks: list[str], index: int, episodes: int, video=None, stop=None):
-    """Deterministic episodes of one task; its goals depend on the seed, the task and the episode number only."""
+def evaluate_task(
+    actor: Actor, args: Args, tasks: list[str], index: int, episodes: int, video: Path | None = None, stop=None
+) -> dict | None:
+    """Deterministic episodes of one task; its goals depend on the seed, the task and the episode number only.
+
+    -> `episode_return`, `success`, `length`, means over the episodes; None if `stop()` said so. video: folder.
+    """
     env = make_task(args, tasks, index, render_mode="rgb_array" if video else None)
     if video:
         env = record_video(env, video / f"{index}-{tasks[index]}")
@@ -733,8 +744,11 @@ def ablation(agent: Agent, tasks: list[str], index: int, scores: list[Tensor], e
     args = agent.args
     skill = skill_neurons(scores, args.skill_proportion)
     seeds = [(args.seed, RANDOM_NEURONS, index, draw) for draw in range(RANDOM_DRAWS)]
-    variants = {"whole": [agent.actor], "without_skill": [without_neurons(agent.actor, skill)]}
-    variants["without_random"] = [without_neurons(agent.actor, random_neurons(skill, scores, seed)) for seed in seeds]
+    variants = {
+        "whole": [agent.actor],
+        "without_skill": [without_neurons(agent.actor, skill)],
+        "without_random": [without_neurons(agent.actor, random_neurons(skill, scores, seed)) for seed in seeds],
+    }
     report = {"task": tasks[index], "neurons_per_layer": [int(layer.sum()) for layer in skill]}
     for name, actors in variants.items():
         results = [evaluate_task(actor, args, tasks, index, episodes, stop=stop) for actor in actors]
@@ -897,7 +911,7 @@ def main(args: Args) -> dict:
             recorder.require_finite(name, weight, global_step())
         recorder.save(global_step(), {"agent": agent.state_dict(), "random": random_state(device), "at": at})
 
-    def evaluate() -> bool:
+    def evaluate_all() -> bool:
         """Evaluate on all tasks; False if a signal came in between: then nothing is recorded."""
         video = recorder.run_dir / "videos" / f"step-{global_step()}" if args.capture_video else None
         results = {}
@@ -929,7 +943,7 @@ def main(args: Args) -> dict:
         while True:  # once per episode
             at["env"] = get_rng_state(env)
             ended = at["step"] == args.steps_per_task
-            if at["step"] >= at["next_eval"] and evaluate():
+            if at["step"] >= at["next_eval"] and evaluate_all():
                 following = (at["step"] // args.eval_every + 1) * args.eval_every
                 at["next_eval"] = math.inf if ended else min(following, args.steps_per_task)
             if recorder.stopped:
