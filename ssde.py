@@ -958,19 +958,19 @@ def env_sizes(task: str) -> tuple[int, int]:
 
 
 def evaluate_run(args: Args) -> dict:
-    """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint on the tasks that it has seen, print the table."""
+    """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint on the tasks it has seen; print, return."""
     stored = Args(**stored_args(args.evaluate, Args))
     checkpoint = load_checkpoint(args.evaluate, "ssde")
     tasks = task_sequence(stored.task_seq)
-    agent = Agent(stored, checkpoint["embeddings"].numpy(), *env_sizes(tasks[0]), torch.device("cpu"))
+    agent = Agent(stored, checkpoint["embeddings"].numpy(), *env_sizes(tasks[0]), select_device(args.device))
     agent.load_state_dict(checkpoint["agent"])
     video = Path(args.evaluate) / "videos" / "evaluate" if args.capture_video else None
-    seen = {}
-    print(f"{'task':<34}{'return':>12}{'success':>10}")
-    for index in range(agent.task + 1):
-        seen[index] = result = evaluate_task(agent, tasks, index, args.episodes, video)
-        print(f"{index:>2}  {tasks[index]:<30}{result['episode_return']:>12.1f}{result['success']:>10.2f}")
-    return seen
+    results = {index: evaluate_task(agent, tasks, index, args.episodes, video) for index in range(agent.task + 1)}
+    if not args.quiet:
+        print(f"{'task':<34}{'return':>12}{'success':>10}")
+        for index, row in results.items():
+            print(f"{index:>2}  {tasks[index]:<30}{row['episode_return']:>12.1f}{row['success']:>10.2f}")
+    return results
 
 
 def report_allocation(agent: Agent, recorder: Recorder, global_step: int) -> None:
@@ -1025,7 +1025,10 @@ def allocation_metrics(agent: Agent) -> dict:
 
 
 def main(args: Args) -> dict:
-    """Train on the sequence; returns what results.json holds. Raises ArgumentError, NotFiniteError, Interrupted."""
+    """Train on the sequence; returns what results.json holds, or with --evaluate the result of each task.
+
+    Raises ArgumentError, NotFiniteError, Interrupted.
+    """
     check_args(args)
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower

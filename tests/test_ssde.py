@@ -602,6 +602,58 @@ def test_continual_metrics_by_hand():
     assert ssde.continual_metrics(rows, ["a", "b"], None)["forward_transfer_cw"] == "needs --reference"
 
 
+def test_metrics_are_those_of_the_right_networks_and_transitions():
+    agent = trained_agent()
+    batch, plasticity = agent.replay.recent(1000), agent.plasticity()
+
+    def hidden(activations: list[torch.nn.Module], compute) -> list[torch.Tensor]:
+        outputs = []
+        hooks = [
+            module.register_forward_hook(lambda *call: outputs.append(call[-1].detach())) for module in activations
+        ]
+        compute()
+        for hook in hooks:
+            hook.remove()
+        return outputs
+
+    q_input, features = torch.cat([batch["obs"], batch["action"]], 1), {}
+    features["actor"] = hidden(list(agent.policy.activations), lambda: agent.policy(batch["obs"]))
+    leaky = [m for critic in agent.critics for m in critic if isinstance(m, torch.nn.LeakyReLU)]
+    features["critic"] = hidden(leaky, lambda: [critic(q_input) for critic in agent.critics])
+    for net, module in (("actor", agent.policy), ("critic", agent.critics)):
+        units = torch.cat([h.abs().mean(0) / h.abs().mean() for h in features[net]])
+        assert plasticity[f"plasticity/{net}/dormant_ratio"] == pytest.approx((units <= 0.025).float().mean().item())
+        positive = torch.cat([(h > 0).float().mean(0) for h in features[net]]).mean().item()
+        assert plasticity[f"plasticity/{net}/active_fraction"] == pytest.approx(positive)
+        values = torch.linalg.svdvals(features[net][-1])
+        rank = int((values.cumsum(0) / values.sum() < 0.99).sum()) + 1
+        assert plasticity[f"plasticity/{net}/srank"] == rank
+        norm = math.sqrt(sum(float(p.detach().square().sum()) for p in module.parameters()))
+        assert plasticity[f"plasticity/{net}/weight_norm"] == pytest.approx(norm, rel=1e-4)
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters()))
+        assert plasticity[f"plasticity/{net}/grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_defaults_are_the_papers():
+    args, agent = Args(), trained_agent()
+    named = {"steps_per_task": 1_000_000, "learning_starts": 10_000, "eval_every": 20_000, "eval_episodes": 10}
+    named |= {"hidden_dim": 1024, "hidden_layers": 4, "critic_hidden_dim": 256, "buffer_size": 1_000_000}
+    named |= {"batch_size": 256, "gamma": 0.99, "tau": 0.005, "policy_lr": 3e-4, "q_lr": 3e-4, "beta": 0.3}
+    named |= {"lambda_global": 1e-3, "lambda_local": 1e-3, "dormant_threshold": 0.6, "reset_every": 80_000}
+    named |= {"reset_until": 650_000, "distill_steps": 20_000, "dormant_metric": "sensitivity", "method": "ssde"}
+    assert {name: getattr(args, name) for name in named} == named
+    assert args.trainable_weight is None and args.lambda_local_end is None and args.reward_scale is None
+    for optimizer, rate in ((agent.policy_optimizer, agent.args.policy_lr), (agent.q_optimizer, agent.args.q_lr)):
+        assert optimizer.defaults["lr"] == rate and optimizer.defaults["betas"] == (0.9, 0.999)
+
+
+def test_compile_wraps_both_losses(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    agent = trained_agent(compile=True)
+    assert set(compiled) == {ssde.critic_loss, ssde.actor_loss} and agent.update()["critic"].isfinite()
+
+
 def test_critic_has_normalisation_on_every_hidden_layer():
     kinds = [type(module).__name__ for module in Critic(5, 8, 2)]
     assert kinds == ["Linear", "LayerNorm", "LeakyReLU"] * 2 + ["Linear"]
@@ -823,6 +875,7 @@ def test_evaluate_gives_the_last_evaluation_of_the_run(finished_run, capsys):
     """Same policies, same goals, same numbers; nothing in the folder changes."""
     run_dir = finished_run["run_dir"]
     before = {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+    assert ssde.main(Args(evaluate=str(run_dir), episodes=1, quiet=True)) and capsys.readouterr().out == ""
     seen = ssde.main(Args(evaluate=str(run_dir), episodes=1))
     assert [result["episode_return"] for result in seen.values()] == [
         task["final_return"] for task in finished_run["results"]["tasks"]
