@@ -199,7 +199,7 @@ def gmp_set_case(arch: str, sparsify: str, args: Args, critic: bool = True) -> C
     agent.replay.added = agent.replay.capacity
     if sparsify == "gmp":
         agent.updates = agent.total_updates
-        agent.prune()
+        agent.prune_networks()
     observations = np.zeros((10, 39), dtype=np.float32)
     return Case(agent.update, lambda: agent.actor.act(observations), agent.state_dict)
 
