@@ -672,9 +672,9 @@ def test_tensorboard_has_what_scoring_found_and_the_losses(finished_run):
 
 
 def test_a_solved_task_ends_its_visit(tmp_path, monkeypatch):
-    """Every evaluation says that drawer-close succeeds: its visits end after three, those to reach never.
+    """Every evaluation says that the second task succeeds: its visits end after three, those to the first never.
 
-    The evaluation at step 200, the warm-up's end, does not count: no visit ends before there were updates.
+    The evaluation at step 20, the warm-up's end, does not count: no visit ends before there were updates.
     """
     true_evaluate = nbsp.evaluate_task
 
@@ -682,13 +682,13 @@ def test_a_solved_task_ends_its_visit(tmp_path, monkeypatch):
         return true_evaluate(actor, args, tasks, index, *rest, **options) | {"success": float(index)}
 
     monkeypatch.setattr(nbsp, "evaluate_task", evaluate_task)
-    changes = {"steps_per_task": 800, "learning_starts": 200, "eval_every": 200, "score_steps": 20}
-    results = nbsp.main(Args(**(TINY | changes), run_dir=str(tmp_path / "run")))
-    assert results["metrics"]["phase_steps"] == [800, 800, 800, 600] and results["global_step"] == 3000
+    monkeypatch.setattr(nbsp, "make_env", lambda task, seed, render_mode: Point(task, seed))  # episodes of 20 steps
+    options = TINY | {"steps_per_task": 80, "learning_starts": 20, "eval_every": 20, "score_steps": 20}
+    results = nbsp.main(Args(**options, run_dir=str(tmp_path / "run")))
+    assert results["metrics"]["phase_steps"] == [80, 80, 80, 60] and results["global_step"] == 300
     assert results["metrics"]["success_after_phase"] == [[0, 1]] * 4
-    monkeypatch.setattr(nbsp, "solved", lambda rows, task, since: True)
-    changes = {"cycles": 1, "score_steps": 2, "stop_when_solved": False}
-    assert nbsp.main(Args(**(TINY | changes), run_dir=str(tmp_path / "full")))["global_step"] == 600
+    results = nbsp.main(Args(**options, stop_when_solved=False, run_dir=str(tmp_path / "full")))
+    assert results["global_step"] == 320
 
 
 class Point(gym.Env):
