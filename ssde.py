@@ -145,7 +145,7 @@ class Args:
     batch_size: int = 256
     """transitions per update; one update per environment step"""
     learning_starts: int = 10_000
-    """steps of each task before its first update, acted by earlier policies (uniformly at random in the first task)"""
+    """steps of each task before its first update; each episode an earlier task's policy acts (first task: at random)"""
     gamma: float = 0.99
     """discount"""
     tau: float = 0.005
@@ -165,7 +165,8 @@ class Args:
     task_descriptions: str | None = None
     """JSON file {task name: sentence} whose sentences replace the built-in ones"""
     lambda_global: float = 1e-3
-    """sparsity of the prompt over the global dictionary (paper Table VI; 3e-2 for widths up to 512, see README)"""
+    """sparsity of the prompt over the global dictionary (paper Table VI: a task gets a third of 1024 neurons); narrower
+    networks need more, 3e-2 up to width 512"""
     lambda_local: float = 1e-3
     """sparsity of the prompt over a task's own dictionary (paper Table VI)"""
     lambda_local_end: float | None = None
@@ -177,7 +178,7 @@ class Args:
     dormant_metric: str = "sensitivity"
     """which neurons are reset: sensitivity (Eq. 9), activation (ReDo's score, the ablation) or none"""
     dormant_threshold: float = 0.6
-    """neurons that score below are dormant (paper Table V)"""
+    """neurons that score below this share of their layer's mean are dormant (paper Table V)"""
     reset_every: int = 80_000
     """steps of a task between resets (paper Table VI)"""
     reset_until: int = 650_000
@@ -198,8 +199,9 @@ def truncated_normal(shape: tuple[int, int], variance_scale: float) -> Tensor:
 class CoAllocatedLinear(nn.Module):
     """Linear layer of a sub-network: y = [(1 - beta) W_trainable + beta W_frozen] x, the bias alike (Eq. 7).
 
-    Frozen entries live in a constant. The gate on the parameter is 1 - beta where it is trainable and 0 where it is
-    frozen, so backpropagation itself masks the gradient (Eq. 8): a frozen entry's gradient and Adam moments are 0.
+    Weights are stored unscaled: the factors act in the forward pass. The frozen part, beta W_frozen, is a constant. The
+    parameter is 0 in its places and multiplied by a gate, 1 - beta where trainable and 0 where frozen, so
+    backpropagation itself masks the gradient (Eq. 8): a frozen entry's gradient and Adam moments are 0.
 
     Args:
         weight, bias: values (out, in) and (out,); bias None for none.
@@ -244,7 +246,7 @@ class TaskPolicy(nn.Module):
     ):
         super().__init__()
         self.hidden = nn.ModuleList(hidden)
-        # as CoTASP's, where the normalisation runs over the active neurons: here these are all
+        # as CoTASP, which normalises over the task's neurons only: this sub-network has no others
         first = nn.Sequential(nn.LayerNorm(len(hidden[0].weight), eps=1e-6, elementwise_affine=False), nn.Tanh())
         self.activations = nn.ModuleList([first, *(nn.LeakyReLU() for _ in hidden[1:])])
         self.mean, self.log_std, self.bounded_mean = mean, log_std, bounded_mean
@@ -416,12 +418,14 @@ class SharedPolicy:
     def allocate(self, masks: list[Tensor], beta: float, trainable_weight: float) -> None:
         """Give the next task the neurons in `masks`, boolean (n_l,) for each hidden layer.
 
-        Its weights are those between its neurons, Psi~[i, j] = phi^l[i] phi^{l-1}[j] (Eq. 5). Frozen are those that
-        an earlier task uses, Psi~ and Psi; the others are trainable. It is decided weight by weight: a weight between
-        two old neurons that no old task uses together is trainable.
+        Its weights are those between its neurons, Psi~[i, j] = phi^l[i] phi^{l-1}[j] (Eq. 5). Frozen are those of them
+        that an earlier task uses (Psi~ AND Psi); the others are trainable. It is decided weight by weight: a weight
+        between two old neurons that no old task uses together is trainable, and training it changes no old task, whose
+        sub-matrix does not contain it. A bias is frozen if an earlier task uses its neuron.
         """
         device = self.weights[0].device
         neurons = [mask.nonzero()[:, 0].to(device) for mask in masks]
+        # drawn for the fan-in of the full width, as the shared weights are: a cut does not rescale
         log_std = truncated_normal(tuple(self.weights[-1].shape), 1e-4)[:, : len(neurons[-1])]
         self.tasks.append(
             {
@@ -429,14 +433,18 @@ class SharedPolicy:
                 "frozen_weights": [used[self._block(neurons, layer)] for layer, used in enumerate(self.used_weights)],
                 "frozen_biases": [used[rows] for used, rows in zip(self.used_biases, neurons, strict=True)],
                 "beta": beta,
-                # the first task has nothing frozen to be weighed against: it acts unscaled
+                # the first task has nothing frozen and acts unscaled; later the factor holds in every layer
                 "trainable_weight": trainable_weight if self.tasks else 1.0,
                 "log_std": {"weight": log_std.clone().to(device), "bias": torch.zeros(len(log_std), device=device)},
             }
         )
 
     def cut(self, task: int) -> TaskPolicy:
-        """The policy of `task` as a network of its own. For a finished task it is the same, bit by bit, for ever."""
+        """The policy of `task` as a network of its own.
+
+        For a finished task it is the same, bit by bit, for ever: no later task trains an entry that is in Psi, and the
+        task's own frozen masks, factors and log-std head are stored with it.
+        """
         own = self.tasks[task]
         layers = []
         for layer, weight in enumerate(self.weights):
@@ -509,8 +517,8 @@ def mask_overlap(masks: list[list[Tensor]]) -> np.ndarray:
 def neuron_scores(policy: TaskPolicy, obs: Tensor, metric: str) -> list[Tensor]:
     """How alive the neurons of each hidden layer are, 1 = the layer's mean. obs (batch, obs_dim) -> (width,) each.
 
-    "sensitivity" (Eq. 9): mean change of the linear output when the input is perturbed by 1 % of the batch mean.
-    "activation" (ReDo, Sokar et al. 2023): mean |h|.
+    "sensitivity" (Eq. 9): mean |y_i(x) - y_i(x')| of the layer's linear output, x' = x + 0.01 mean(x) the perturbed
+    observations; "activation" (ReDo, Sokar et al. 2023): mean |h_i|. Either is divided by its mean over the layer.
     """
     if metric == "activation":
         features = [h.abs().mean(0) for _, h in policy.layers(obs)]
@@ -525,8 +533,9 @@ def reset_dormant(
 ) -> list[int]:
     """Give neurons that score below `threshold` their task-start weights back; returns how many per hidden layer.
 
-    Only incoming weights and biases that are trainable change: frozen entries are not in the parameters. Their Adam
-    moments become 0. `initial` is the policy as it was at the task's start, after distillation.
+    Only their trainable incoming weights and biases change (the place of a frozen one in the parameter is 0 before and
+    after), and the Adam moments of these become 0. Outgoing weights and heads stay. A dormant neuron counts even if all
+    it has is frozen. `initial` is the policy as it was at the task's start, after distillation.
     """
     counts = []
     for layer, start, score in zip(policy.hidden, initial.hidden, scores, strict=True):
@@ -667,7 +676,7 @@ class Agent:
             self._end_distillation()
 
     def _end_distillation(self) -> None:
-        """What the policy is now, dormant neurons go back to. It meets its task with a fresh optimizer and buffer."""
+        """The task starts, distilled or not: dormant neurons will go back to these weights; fresh optimizer and buffer."""
         self.distilled = self.args.distill_steps
         self.initial.load_state_dict(self.policy.state_dict())
         self._new_policy_optimizer()
@@ -913,7 +922,7 @@ def continual_metrics(rows: list[dict], tasks: list[str], reference: dict[str, f
     `final_success` and `forgetting` compare single evaluations on the same goals: at the end of a task's phase and at
     the end of the run. Continual World's P and F average five evaluations.
     """
-    # with --eval-all there are rows of tasks that were not trained yet: they count 0 as well
+    # --eval-all has rows of tasks that were not trained yet: left out, so that they count 0 as without it
     seen = [row for row in rows if row["task_index"] <= row["phase"]]
     success, phases = metrics.success_matrix(seen, len(tasks))
     at_phase_end = np.array([success[phases == i][-1, i] for i in range(len(tasks))])
@@ -981,7 +990,7 @@ def report_allocation(agent: Agent, recorder: Recorder, global_step: int) -> Non
     widths = [len(layer.weight) for layer in agent.policy.hidden]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in trainable.items())
     recorder.say(f"task {agent.task} {recorder.tasks[agent.task]}: neurons {widths}; trainable {shares}")
-    for name in ("layer1", "head"):  # these freeze by neuron and run out first
+    for name in ("layer1", "head"):  # all inputs and outputs count as used: these freeze by neuron and run out first
         if trainable[name] < 0.05:
             recorder.say(f"warning: only {trainable[name]:.1%} of {name} is trainable; raise lambda or the width")
     scalars = {f"sparsity/trainable/{name}": share for name, share in trainable.items()}
