@@ -676,7 +676,7 @@ class Agent:
             self._end_distillation()
 
     def _end_distillation(self) -> None:
-        """The task starts, distilled or not: dormant neurons will go back to these weights; fresh optimizer and buffer."""
+        """The task starts, distilled or not: dormant neurons go back to these weights; new optimizer, empty buffer."""
         self.distilled = self.args.distill_steps
         self.initial.load_state_dict(self.policy.state_dict())
         self._new_policy_optimizer()
