@@ -8,25 +8,31 @@ on its features. MST trains each of the three modules as suits it when networks 
 blocks, the critic with RigL, which moves its few connections to where the gradient wants them, so that it keeps
 learning from moving targets, and the actor with a random sparse topology that never changes.
 
-Read first: `Block` (the six block types), `erdos_renyi_counts` and `rigl_topology` (the sparse topologies), `Topology`
-(who trains how), `encoder_loss`, `td_target` and `actor_loss` (MR.Q), then `main`.
+Read first: `Block` (the six block types), `rigl_topology` and `Topology` (who trains how), `encoder_loss` and
+`td_target` (MR.Q), then `main`.
 
     python mst_rigl.py --env-id dmc/dog-run                  # the paper's MST
     python mst_rigl.py --env-id dmc/dog-run --preset mrq     # MR.Q itself: every module dense
 
-Where we differ from MR.Q's code, and why (the paper's own code is not public):
+Where we differ from MR.Q's code, and why:
 
-1. The 3-step return counts a terminal reward and nothing after it. Theirs drops it and counts the next episode's.
+1. The 3-step return counts a terminal reward and nothing after it. Theirs also counts the next episode's rewards.
 2. Priorities come from the TD error that the critic trains on. Theirs come from Q(s, pi(s)), as one name is used twice.
 3. The last sub-trajectory of a truncated episode, which ends with its last observation, is sampled too.
-4. The reward scale averages transitions only. Theirs also averages the slots between episodes.
-5. Gradients that nobody uses (of encoder and critic in the actor's loss) are not computed.
+4. The reward scale and the 10 000 random steps count steps only. Theirs also count the slots between episodes.
+5. A step gets the largest priority when it becomes sampleable, theirs when it is stored.
+6. Rewards beyond the outermost bins are clipped, theirs give NaN; priorities start from 0, theirs uninitialised.
+
+The paper's code is not public. We chose block types 1 to 3, Erdos-Renyi densities per module, RigL's interval, share
+and end (The State of Sparse Training in Deep RL), topology change and gradient step in one update (RigL's Algorithm 1:
+one or the other), width 5 and depth 4 for the largest network. README.md says more.
 """
 
 import copy
 import dataclasses
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,7 +67,7 @@ PRIORITY_EXPONENT, MIN_PRIORITY = 0.4, 1.0
 PRE_ACTIVATION_WEIGHT = 1e-5
 
 LOG_EVERY = 1000  # agent steps between two points of the loss curves
-METRIC_BATCH = 1000  # recent transitions on which plasticity is measured
+METRIC_BATCH = 1000  # recent steps on which plasticity is measured, at width 1
 DORMANT_TAU = 0.1  # of the logged dormant ratio
 # First words of numpy seed sequences: independent streams for training and evaluation episodes.
 TRAIN_EPISODES, EVAL_EPISODES = 1, 2
@@ -83,17 +89,17 @@ PRESETS = {
 @dataclass
 class Args:
     env_id: str = "dmc/dog-run"
-    """dmc/<domain>-<task> of dm_control, or a Gymnasium id with continuous actions"""
+    """dmc/<domain>-<task> of dm_control, or a Gymnasium or Meta-World id with continuous actions"""
     total_steps: int | None = None
     """agent steps; default 500 000 in dm_control (1 M frames) and 1 M elsewhere (MR.Q)"""
     seed: int = 1
     """seed of everything random"""
     preset: str = "mst"
-    """mst; mrq: every module dense, MR.Q's block types; mst-362m: width 5, depth 4. Other arguments still win"""
+    """mst; mrq: all dense, MR.Q's blocks; mst-362m: width 5, depth 4. Command line only; what is typed wins"""
     resume: str | None = None
     """go on with the run in this folder; its arguments are used"""
     evaluate: str | None = None
-    """evaluate the run in this folder, print the table, do nothing else"""
+    """evaluate the run in this folder, print the table (unless quiet), do nothing else"""
     episodes: int = 10
     """episodes of --evaluate"""
     run_dir: str | None = None
@@ -103,11 +109,11 @@ class Args:
     torch_threads: int = 1
     """CPU threads of PyTorch; one per run is the fastest use of a machine that trains several seeds"""
     compile: bool = False
-    """compile the losses with torch.compile"""
+    """compile the losses and the critics' targets with torch.compile"""
     bf16: bool = False
-    """matrix products in bfloat16 (autocast): faster on CPUs with AMX and on GPUs, not bit-comparable with float32"""
+    """matrix products in bfloat16 (autocast): faster on CPUs with AMX, not bit-comparable with float32"""
     checkpoint_every: int = 50_000
-    """agent steps between checkpoints, at the next episode's end; 0: at the end only"""
+    """agent steps between checkpoints, at the next episode's end; 0: at the start, the end and on a signal only"""
     quiet: bool = False
     """print nothing"""
     track: bool = False
@@ -316,7 +322,7 @@ def rigl_fraction(update: int, last_update: int, alpha: float) -> float:
 
 
 def rigl_topology(weight: Tensor, gradient: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Move `count` connections of a layer (RigL, Algorithm 1). All tensors (n_out, n_in), mask boolean.
+    """Move `count` connections of a layer (RigL, Algorithm 1, drop and grow). All tensors (n_out, n_in), mask boolean.
 
     Drops the active weights with the smallest |w|, then grows those with the largest |gradient| among all that were
     not kept: a weight that was just dropped may come back. Returns the masks of what is kept and of what is grown.
@@ -356,7 +362,8 @@ class Topology:
     def before_step(self, interval: int, last_update: int, drop: float) -> None:
         """Between `backward` and the optimizer's step: let RigL read the dense gradients, then mask them.
 
-        Every `interval` updates before `last_update` the topology of a `rigl` module changes.
+        Every `interval` updates before `last_update` the topology of a `rigl` module changes; `drop` is the share of a
+        layer's connections that would move at update 0 (see `rigl_fraction`).
         """
         self.updates += 1
         if self.regime == "rigl" and self.updates % interval == 0 and self.updates < last_update:
@@ -421,7 +428,7 @@ class ReplayBuffer:
         self.max_priority = torch.full((), MIN_PRIORITY, device=device)
 
     def add(self, obs: np.ndarray, action: np.ndarray, reward: float, next_obs, terminated: bool, truncated: bool):
-        """Append one step, over the oldest one when full."""
+        """Append one step, over the oldest one when full. obs, next_obs (obs_dim,), action (act_dim,)."""
         row = self._append(obs)
         self.data["action"][row] = torch.from_numpy(action)
         self.data["reward"][row] = reward
@@ -448,7 +455,10 @@ class ReplayBuffer:
         return row
 
     def sample_rows(self, count: int) -> Tensor:
-        """First rows of `count` sub-trajectories, drawn in proportion to their priority, with replacement."""
+        """First rows (count,) of sub-trajectories, drawn in proportion to their priority, with replacement.
+
+        At least one priority must be above 0.
+        """
         cumulative = self.data["priority"][: self.size].cumsum(0, dtype=torch.float64)
         below_total = torch.nextafter(cumulative[-1], torch.zeros_like(cumulative[-1]))
         draws = torch.rand(count, dtype=torch.float64, device=cumulative.device) * below_total
@@ -515,12 +525,12 @@ def two_hot(x: Tensor, bins: Tensor) -> Tensor:
     return table.scatter_(-1, lower[..., None] + 1, weight[..., None])
 
 
-def encoder_loss(encoder: Encoder, target: Encoder, batch: dict[str, Tensor], terminates: bool):
+def encoder_loss(encoder: Encoder, target: Encoder, batch: dict[str, Tensor], terminates: bool) -> tuple[Tensor, ...]:
     """MR.Q's model loss: from z_s of the first observation, ENCODER_HORIZON latent steps along the taken actions.
 
     Each step adds (z_s - target z_s of the next observation)^2, the cross-entropy of the reward's two-hot code and,
-    once a terminal has been seen, (done - its flag)^2; steps after a termination count 0. Returns the loss and the
-    three parts, 0-d.
+    once a terminal has been seen, (done - its flag)^2; steps after a termination count 0. batch: what
+    `ReplayBuffer.sub_trajectories` gives. Returns the loss and the three parts, 0-d.
     """
     with torch.no_grad():
         next_zs = target.zs(batch["obs"][:, 1:])
@@ -550,17 +560,24 @@ def multi_step_return(reward: Tensor, not_done: Tensor, gamma: float) -> tuple[T
 
 
 @torch.no_grad()
-def td_target(targets: dict[str, nn.Module], batch, gamma: float, noise: tuple[float, float], scales) -> Tensor:
-    """The critics' regression target (batch, 1), in units of the reward scale.
+def td_target(
+    targets: dict[str, nn.Module],
+    batch: dict[str, Tensor],
+    gamma: float,
+    noise_std: float,
+    noise_clip: float,
+    scale: Tensor,
+    old_scale: Tensor,
+) -> Tensor:
+    """MR.Q's regression target of the critics (batch, 1), in units of the reward scale.
 
     y = (n-step return + gamma^n not_done min Q'(s', pi'(s') + clipped noise) * old scale) / scale.
-    noise: standard deviation and clip; scales: mean |r| now and when the targets were copied, 0-d each.
+    batch: what `ReplayBuffer.transitions` gives; scale, old_scale: mean |r|, 0-d, in whose units the critics are
+    trained now and their targets were.
     """
-    std, clip = noise
-    scale, old_scale = scales
     reward, not_done = multi_step_return(batch["reward"], batch["not_done"], gamma)
     next_zs = targets["encoder"].zs(batch["next_obs"])
-    action_noise = (torch.randn_like(batch["action"]) * std).clamp(-clip, clip)
+    action_noise = (torch.randn_like(batch["action"]) * noise_std).clamp(-noise_clip, noise_clip)
     next_action = (torch.tanh(targets["actor"](next_zs)) + action_noise).clamp(-1, 1)
     next_q = targets["critic"](targets["encoder"].zsa(next_zs, next_action)).amin(1, keepdim=True)
     return (reward + not_done * gamma**Q_HORIZON * next_q * old_scale) / scale
@@ -580,6 +597,16 @@ def actor_loss(actor: Actor, encoder: Encoder, critic: Critic, zs: Tensor) -> Te
     return -q.mean() + PRE_ACTIVATION_WEIGHT * pre_activation.square().mean()
 
 
+@torch.no_grad()
+def act(networks: dict[str, nn.Module], device: torch.device, obs: np.ndarray, noise: float = 0.0) -> np.ndarray:
+    """One observation (obs_dim,) -> one action (act_dim,) in [-1, 1], with Gaussian noise if `noise` is not 0."""
+    zs = networks["encoder"].zs(torch.from_numpy(obs).to(device)[None])
+    action = torch.tanh(networks["actor"](zs))[0]
+    if noise:
+        action = (action + noise * torch.randn_like(action)).clamp(-1, 1)
+    return action.cpu().numpy()
+
+
 class Agent:
     """MR.Q with a topology for each of its modules."""
 
@@ -597,23 +624,19 @@ class Agent:
             target.requires_grad_(False)
         self.replay = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
         self.updates = 0
+        self.last_topology_update = int(args.rigl_until * (args.total_steps - args.learning_starts))
         self.scales = (torch.ones((), device=device), torch.zeros((), device=device))  # mean |r| now, of the targets
         self.losses: dict[str, Tensor] = {}
-        self.encoder_loss, self.critic_loss, self.actor_loss = encoder_loss, critic_loss, actor_loss
-        if args.compile:
-            self.encoder_loss, self.critic_loss = torch.compile(encoder_loss), torch.compile(critic_loss)
-            self.actor_loss = torch.compile(actor_loss)
+        self.critic_grad_norm = torch.tensor(math.nan)  # before it is clipped
+        functions = (encoder_loss, critic_loss, actor_loss, td_target)
+        compiled = map(torch.compile, functions) if args.compile else functions
+        self.encoder_loss, self.critic_loss, self.actor_loss, self.td_target = compiled
 
     # ------------------------------------------------------------------------------------------------------ acting
 
-    @torch.no_grad()
     def act(self, obs: np.ndarray, explore: bool = False) -> np.ndarray:
         """One observation (obs_dim,) -> one action (act_dim,) in [-1, 1]."""
-        zs = self.networks["encoder"].zs(torch.from_numpy(obs).to(self.device)[None])
-        action = torch.tanh(self.networks["actor"](zs))[0]
-        if explore:
-            action = (action + self.args.exploration_noise * torch.randn_like(action)).clamp(-1, 1)
-        return action.cpu().numpy()
+        return act(self.networks, self.device, obs, self.args.exploration_noise if explore else 0.0)
 
     def random_action(self) -> np.ndarray:
         """Uniform in [-1, 1], from PyTorch's generator, which is in the checkpoint."""
@@ -649,10 +672,12 @@ class Agent:
 
     def update_critic_and_actor(self, rows: Tensor) -> None:
         """One step of the critics, then one of the actor, on the transitions from `rows`; new priorities for them."""
-        args, (encoder, critic, actor) = self.args, self.networks.values()
+        args = self.args
+        encoder, critic, actor = self.networks.values()
         batch = self.replay.transitions(rows)
         with self._autocast(), torch.no_grad():
-            target = td_target(self.targets, batch, args.gamma, (args.target_noise, args.noise_clip), self.scales)
+            noise = args.target_noise, args.noise_clip
+            target = self.td_target(self.targets, batch, args.gamma, *noise, *self.scales)
             zs = encoder.zs(batch["obs"])
             zsa = encoder.zsa(zs, batch["action"])
         with self._autocast():
@@ -673,10 +698,9 @@ class Agent:
         parameters = optimizer.param_groups[0]["params"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=parameters)
-        last_update = int(args.rigl_until * (args.total_steps - args.learning_starts))
-        self.topologies[name].before_step(args.rigl_interval, last_update, args.rigl_drop)
+        self.topologies[name].before_step(args.rigl_interval, self.last_topology_update, args.rigl_drop)
         if max_grad_norm < math.inf:
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            self.critic_grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
 
     # ----------------------------------------------------------------------------------------------------- metrics
@@ -684,25 +708,31 @@ class Agent:
     @torch.no_grad()
     def plasticity(self) -> dict[str, Tensor]:
         """Plasticity metrics of every module on recent steps, by TensorBoard name."""
-        encoder, critic, actor = self.networks.values()
-        batch = self.replay.recent(METRIC_BATCH)
-        zs, inputs = encoder.zs(batch["obs"]), (batch["obs"], batch["action"])
-        features = {
-            "encoder": metrics.hidden_features(encoder, inputs),
-            "critic": metrics.hidden_features(critic, encoder(*inputs)),
-            "actor": metrics.hidden_features(actor, zs),
-        }
+        encoder = self.networks["encoder"]
+        # the rank of features is at most the number of rows: more of them for wider layers
+        batch = self.replay.recent(round(METRIC_BATCH * max(1, self.args.width_scale)))
+        obs, action = batch["obs"], batch["action"]
+        inputs = {"encoder": (obs, action), "critic": encoder(obs, action), "actor": encoder.zs(obs)}
         scalars = {}
         for name, module in self.networks.items():
-            scalars |= {
-                f"plasticity/{name}/dormant_ratio": metrics.dormant_ratio(features[name], DORMANT_TAU),
-                f"plasticity/{name}/active_fraction": metrics.active_fraction(features[name]),
-                f"plasticity/{name}/srank": metrics.srank(features[name][-1]),
-                f"plasticity/{name}/stable_rank": metrics.stable_rank(features[name][-1]),
-                f"plasticity/{name}/effective_rank": metrics.effective_rank(features[name][-1]),
-                f"plasticity/{name}/weight_norm": metrics.weight_norm(module),
+            units = metrics.hidden_features(module, inputs[name])
+            last = metrics.hidden_features(module, inputs[name], (Block,))[-1]  # with what a residual adds
+            values = {
+                "dormant_ratio": metrics.dormant_ratio(units, DORMANT_TAU),
+                "active_fraction": metrics.active_fraction(units),
+                "srank": metrics.srank(last),
+                "stable_rank": metrics.stable_rank(last),
+                "effective_rank": metrics.effective_rank(last),
+                "weight_norm": metrics.weight_norm(module),
             }
+            scalars |= {f"plasticity/{name}/{metric}": value for metric, value in values.items()}
         return scalars
+
+    def grad_norms(self) -> dict[str, Tensor]:
+        """Norms of the latest gradients, masked and not yet clipped, by TensorBoard name."""
+        norms = {name: metrics.grad_norm(module) for name, module in self.networks.items()}
+        norms["critic"] = self.critic_grad_norm
+        return {f"plasticity/{name}/grad_norm": norm for name, norm in norms.items()}
 
     def sparsity(self) -> dict[str, float]:
         """For each module that is not dense: its density, what its last change moved, what is left of the start."""
@@ -764,8 +794,8 @@ def check_args(args: Args) -> None:
         require(args, name, getattr(args, name) >= 1, "at least 1")
     for name in ("buffer_size", "learning_starts"):
         require(args, name, getattr(args, name) > 2 * ENCODER_HORIZON, f"above {2 * ENCODER_HORIZON}")
-    for name in ("checkpoint_every", "seed"):
-        require(args, name, getattr(args, name) >= 0, "at least 0")
+    require(args, "checkpoint_every", args.checkpoint_every >= 0, "at least 0")
+    require(args, "seed", 0 <= args.seed < 2**32, "at least 0 and below 2**32")
     for name in ("encoder_lr", "critic_lr", "actor_lr", "max_grad_norm", "width_scale"):
         require(args, name, 0 < getattr(args, name) < math.inf, "a positive number")
     for name in ("exploration_noise", "target_noise", "noise_clip", "weight_decay"):
@@ -795,37 +825,29 @@ def build_env(args: Args, stream: int, video: Path | None = None):
     return record_video(env, video) if video else env
 
 
-def evaluate_policy(agent: Agent, args: Args, episodes: int, video: Path | None, stop=None):
-    """Deterministic episodes, which depend on the seed and the episode number only."""
-    env = build_env(args, EVAL_EPISODES, video)
-    try:
-        return metrics.evaluate(agent.act, env, episodes, (args.seed, EVAL_EPISODES), stop)
-    finally:
-        env.close()
-
-
-def build_agent(args: Args, device: torch.device) -> Agent:
-    """A new agent for the environment's sizes."""
-    env = build_env(args, TRAIN_EPISODES)
-    env.close()
-    return Agent(args, env.observation_space.shape[0], env.action_space.shape[0], device)
-
-
 def evaluate_run(args: Args) -> dict:
-    """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint, print the table."""
+    """`--evaluate RUN_DIR`: evaluate the policy of a run's latest checkpoint, print the table, return the result."""
     stored = Args(**stored_args(args.evaluate, Args))
-    checkpoint = load_checkpoint(args.evaluate, "mst_rigl")
-    agent = build_agent(stored, torch.device("cpu"))
-    agent.load_state_dict(checkpoint["agent"])
+    device = select_device(args.device)
+    weights = load_checkpoint(args.evaluate, "mst_rigl")["agent"]["networks"]
     video = Path(args.evaluate) / "videos" / "evaluate" if args.capture_video else None
-    result = evaluate_policy(agent, stored, args.episodes, video)
-    print(f"{'task':<34}{'return':>12}{'length':>10}")
-    print(f"{stored.env_id:<34}{result['episode_return']:>12.1f}{result['length']:>10.1f}")
+    with closing(build_env(stored, EVAL_EPISODES, video)) as env:
+        networks = build_networks(stored, env.observation_space.shape[0], env.action_space.shape[0])
+        for name, module in networks.items():
+            module.to(device).load_state_dict(weights[name])
+        policy = partial(act, networks, device)
+        result = metrics.evaluate(policy, env, args.episodes, (stored.seed, EVAL_EPISODES))
+    if not args.quiet:
+        print(f"{'task':<34}{'return':>12}{'length':>10}")
+        print(f"{stored.env_id:<34}{result['episode_return']:>12.1f}{result['length']:>10.1f}")
     return result
 
 
 def main(args: Args) -> dict:
-    """Train on one task; returns what results.json holds. Raises ArgumentError, NotFiniteError, Interrupted."""
+    """Train on one task; returns what results.json holds, or with --evaluate what `metrics.evaluate` returns.
+
+    Raises ArgumentError, NotFiniteError, Interrupted.
+    """
     args = fill_in(args)
     check_args(args)
     torch.set_num_threads(args.torch_threads)
@@ -840,15 +862,16 @@ def main(args: Args) -> dict:
     device = select_device(args.device)
 
     torch.manual_seed(args.seed)
-    agent = build_agent(args, device)
+    env = build_env(args, TRAIN_EPISODES)
+    agent = Agent(args, env.observation_space.shape[0], env.action_space.shape[0], device)
     run_name = f"mst_rigl__{args.env_id.replace('/', '-')}__{args.seed}"
     recorder = Recorder(args, "mst_rigl", run_name, [args.env_id], args.total_steps, checkpoint)
-    first_eval = min(args.eval_every, args.total_steps)
-    at = {"step": 0, "next_eval": first_eval, "next_checkpoint": args.checkpoint_every or math.inf, "env": None}
+    at = {"step": 0, "next_eval": min(args.eval_every, args.total_steps), "env": get_rng_state(env)}
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         at |= checkpoint["at"]
         set_random_state(checkpoint["random"], device)
+        set_rng_state(env, at["env"])
 
     def save() -> None:
         """Checkpoint; only at an episode's end, where an environment's future is its random state."""
@@ -859,7 +882,9 @@ def main(args: Args) -> dict:
     def evaluate() -> bool:
         """Evaluate the policy; False if a signal came in between: then nothing is recorded."""
         video = recorder.run_dir / "videos" / f"step-{at['step']}" if args.capture_video else None
-        result = evaluate_policy(agent, args, args.eval_episodes, video, lambda: recorder.stopped)
+        with closing(build_env(args, EVAL_EPISODES, video)) as eval_env:
+            seed = (args.seed, EVAL_EPISODES)
+            result = metrics.evaluate(agent.act, eval_env, args.eval_episodes, seed, lambda: recorder.stopped)
         if result is None:
             return False
         recorder.evaluation(at["step"], 0, 0, args.eval_episodes, result)
@@ -867,18 +892,19 @@ def main(args: Args) -> dict:
         recorder.say(f"step {at['step']}: return {result['episode_return']:.1f}")
         return True
 
-    env = build_env(args, TRAIN_EPISODES)
     counts = agent.parameter_counts()
     for name in agent.networks:
         regime, block_type = getattr(args, f"{name}_regime"), getattr(args, f"{name}_type")
         size = f"{counts[name]:,} parameters, {counts[f'{name}_active']:,} active"
         recorder.say(f"{name}: {size} ({regime}, block type {block_type})")
+        if regime == "rigl" and args.rigl_interval >= agent.last_topology_update:
+            never = f"the {name}'s topology never changes: --rigl-interval {args.rigl_interval}"
+            recorder.say(f"warning: {never} is not below {agent.last_topology_update}, its last update")
     if checkpoint is None:
-        at["env"] = get_rng_state(env)
         save()
-    else:
-        set_rng_state(env, at["env"])
 
+    save_every = args.checkpoint_every or math.inf
+    next_save = at["step"] + save_every
     first_step, clock = at["step"], time.monotonic()
     while True:  # once per episode
         at["env"] = get_rng_state(env)
@@ -891,8 +917,8 @@ def main(args: Args) -> dict:
             recorder.leave()
         if ended:
             break
-        if at["step"] >= at["next_checkpoint"]:
-            at["next_checkpoint"] = at["step"] + args.checkpoint_every
+        if at["step"] >= next_save:
+            next_save = at["step"] + save_every
             save()
 
         obs, _ = env.reset()
@@ -906,16 +932,20 @@ def main(args: Args) -> dict:
             at["step"] += 1
             if at["step"] <= args.learning_starts:
                 continue
+            if agent.updates == 0 and not agent.replay.data["priority"].any():
+                recorder.close()
+                given = f"--env-id {args.env_id} --action-repeat {args.action_repeat}"
+                raise ArgumentError(f"{given}: no episode is as long as {ENCODER_HORIZON} agent steps")
             agent.update()
             if at["step"] % LOG_EVERY == 0:
                 for name, value in agent.losses.items():
                     recorder.require_finite(f"losses/{name}", value, at["step"])
                 recorder.log(at["step"], {f"losses/{name}": value for name, value in agent.losses.items()})
-                norms = {n: metrics.grad_norm(module) for n, module in agent.networks.items()}
-                recorder.log(at["step"], {f"plasticity/{name}/grad_norm": norm for name, norm in norms.items()})
+                recorder.log(at["step"], agent.grad_norms())
                 speed = (at["step"] - first_step) / (time.monotonic() - clock)
                 recorder.log(at["step"], {"charts/SPS": speed, "charts/reward_scale": agent.scales[0]})
-        recorder.log(at["step"], {"charts/episodic_return": episode_return})
+        if done:
+            recorder.log(at["step"], {"charts/episodic_return": episode_return})
         recorder.progress(at["step"], ret=f"{episode_return:.0f}")
 
     env.close()

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mst_rigl
-from common.recorder import Interrupted, load_checkpoint, parse_args
+from common.recorder import ArgumentError, Interrupted, load_checkpoint, parse_args
 from mst_rigl import Actor, Agent, Args, Block, Critic, Encoder, ReplayBuffer, Topology
 
 ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
@@ -87,8 +88,8 @@ def authors_agent(authors: dict) -> Agent:
     agent = Agent(args, OBS_DIM, ACT_DIM, CPU)
     agent.networks, agent.targets = tiny_mrq(authors)
     for name, module in agent.networks.items():
-        lr = getattr(args, f"{name}_lr")
-        agent.optimizers[name] = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=args.weight_decay)
+        rates = {"lr": getattr(args, f"{name}_lr"), "weight_decay": args.weight_decay}
+        agent.optimizers[name] = torch.optim.AdamW(module.parameters(), **rates, fused=True)
         agent.topologies[name] = Topology(module, agent.optimizers[name], "dense", 0.0)
     agent.scales = tuple(torch.tensor(authors["meta"][name]) for name in ("reward_scale", "target_reward_scale"))
     return agent
@@ -114,11 +115,13 @@ def test_encoder_loss_and_gradients_are_the_authors(authors, terminates):
     nets, targets = tiny_mrq(authors)
     loss = mst_rigl.encoder_loss(nets["encoder"], targets["encoder"], encoder_batch(authors), terminates)[0]
     close(loss, authors["loss.encoder_loss_" + ("terminating" if terminates else "non_terminating")])
+    loss.backward()
     if terminates:
-        loss.backward()
         expected = their_weights(authors, nets["encoder"], "after_encoder_step.grad")
         for name, parameter in nets["encoder"].named_parameters():
             close(parameter.grad, expected[name])
+    else:  # the done head, the model's first output, is left alone
+        assert (nets["encoder"].model.weight.grad[0] == 0).all() and nets["encoder"].model.bias.grad[0] == 0
 
 
 def test_two_hot_is_the_authors(authors):
@@ -135,9 +138,9 @@ def test_return_q_and_target_are_the_authors(authors, monkeypatch):
     close(not_done, authors["rl_multi_step_not_done"])
     close(nets["critic"](nets["encoder"](batch["obs"], batch["action"])), authors["rl_q"])
     monkeypatch.setattr(torch, "randn_like", lambda _: authors["rl_target_noise"])
-    scales = (torch.tensor(meta["reward_scale"]), torch.tensor(meta["target_reward_scale"]))
-    noise = (meta["target_policy_noise"], meta["noise_clip"])
-    close(mst_rigl.td_target(targets, batch, meta["discount"], noise, scales), authors["rl_q_target"])
+    options = {"gamma": meta["discount"], "noise_std": meta["target_policy_noise"], "noise_clip": meta["noise_clip"]}
+    options |= {"scale": torch.tensor(meta["reward_scale"]), "old_scale": torch.tensor(meta["target_reward_scale"])}
+    close(mst_rigl.td_target(targets, batch, **options), authors["rl_q_target"])
 
 
 def test_one_update_of_critic_and_actor_is_the_authors(authors, monkeypatch):
@@ -266,8 +269,7 @@ def test_td_target_bootstraps_from_the_smaller_target_where_nothing_terminated()
     agent = make_agent()
     batch = {"obs": torch.randn(8, OBS_DIM), "next_obs": torch.randn(8, OBS_DIM), "action": torch.zeros(8, ACT_DIM)}
     batch |= {"reward": torch.randn(8, 3), "not_done": (torch.rand(8, 3) < 0.85).float()}
-    scales = (torch.tensor(2.0), torch.tensor(5.0))
-    y = mst_rigl.td_target(agent.targets, batch, 0.9, (0.0, 0.3), scales)
+    y = mst_rigl.td_target(agent.targets, batch, 0.9, 0.0, 0.3, scale=torch.tensor(2.0), old_scale=torch.tensor(5.0))
     encoder, critic, actor = agent.targets.values()
     reward, not_done = mst_rigl.multi_step_return(batch["reward"], batch["not_done"], 0.9)
     zs = encoder.zs(batch["next_obs"])
@@ -287,7 +289,7 @@ def test_target_noise_is_clipped_and_so_is_the_action(monkeypatch):
     monkeypatch.setattr(torch, "randn_like", lambda _: noise)
     batch = {"next_obs": torch.zeros(6, OBS_DIM), "action": torch.zeros(6, ACT_DIM)}
     batch |= {"reward": torch.zeros(6, 3), "not_done": torch.ones(6, 3)}
-    mst_rigl.td_target(agent.targets, batch, 0.9, (0.2, 0.3), agent.scales)
+    mst_rigl.td_target(agent.targets, batch, 0.9, 0.2, 0.3, *agent.scales)
     assert seen[0][:, 0].tolist() == pytest.approx([-0.3, -0.2, -0.1, 0.1, 0.2, 0.3])
     assert seen[0][:, 1].tolist() == pytest.approx([0.7, 0.8, 0.9, 1, 1, 1])
 
@@ -310,18 +312,15 @@ def filled_agent(steps: int = 200, **changes) -> Agent:
 def test_the_actors_loss_computes_no_gradients_of_encoder_and_critic():
     agent = filled_agent()
     agent.copy_targets()
-    true_step, seen = agent._step, {}
+    true_step, gradients = agent._step, {}
 
     def step(name, loss, *clip):
-        before = [p.grad for p in agent.networks["critic"].parameters()]
         true_step(name, loss, *clip)
-        if name == "actor":
-            after = [p.grad for p in agent.networks["critic"].parameters()]
-            seen["critic untouched"] = all(a is b for a, b in zip(before, after, strict=True))
+        gradients[name] = [parameter.grad.clone() for parameter in agent.networks["critic"].parameters()]
 
     agent._step = step
     agent.update_critic_and_actor(agent.replay.sample_rows(16))
-    assert seen["critic untouched"]
+    assert all(torch.equal(*pair) for pair in zip(gradients["critic"], gradients["actor"], strict=True))
     assert all(parameter.grad is None for parameter in agent.networks["encoder"].parameters())
     assert all(parameter.grad is not None for parameter in agent.networks["actor"].parameters())
 
@@ -368,6 +367,10 @@ def test_exploration_adds_clipped_noise(monkeypatch):
     greedy = agent.act(obs)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
     np.testing.assert_allclose(agent.act(obs, explore=True), np.minimum(greedy + 0.2, 1), atol=1e-6)
+    agent.args.exploration_noise = 1.9
+    monkeypatch.setattr(torch, "randn_like", lambda x: -torch.ones_like(x))
+    np.testing.assert_allclose(agent.act(obs, explore=True), np.maximum(greedy - 1.9, -1), atol=1e-6)
+    assert (agent.act(obs, explore=True) == -1).any()
     actions = np.stack([agent.random_action() for _ in range(500)])
     assert actions.min() < -0.98 and actions.max() > 0.98 and abs(actions.mean()) < 0.1
 
@@ -383,6 +386,78 @@ def test_bfloat16_gives_nearly_the_same_losses_and_every_gradient():
     for name, value in exact.losses.items():
         assert rounded.losses[name] != value or name in ("done", "q"), name
         torch.testing.assert_close(rounded.losses[name], value, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("width_scale", [1 / 32, 5 / 4])
+def test_plasticity_is_measured_on_the_right_features(width_scale, monkeypatch):
+    """Every number against its definition, on features computed layer by layer."""
+    monkeypatch.setattr(mst_rigl, "METRIC_BATCH", 80)
+    agent = filled_agent(width_scale=width_scale, encoder_type=6, critic_type=5, actor_type=5, depth_scale=2)
+    encoder, critic, actor = agent.networks.values()
+    batch = agent.replay.recent(100 if width_scale > 1 else 80)
+
+    def forward(layers, x) -> tuple[torch.Tensor, list, torch.Tensor]:
+        """Output, activations, and the input of an output layer that follows."""
+        activations = []
+        for block in layers:
+            if isinstance(block, Block):
+                activations.append(block.activation(block.norm(block.linear(x))))
+                x = x + activations[-1] if block.residual else activations[-1]
+                last = x
+            else:
+                x = block(x)
+        return x, activations, last
+
+    with torch.no_grad():
+        zs, first, _ = forward(encoder.zs, batch["obs"])
+        za = encoder.za(batch["action"])
+        zsa, second, last = forward(encoder.zsa_mlp, torch.cat([zs, za], 1))
+        units, ranked = {"encoder": [*first, za, *second]}, {"encoder": last}
+        twins = [forward(twin, zsa) for twin in critic.twins]
+        units["critic"], ranked["critic"] = twins[0][1] + twins[1][1], twins[1][2]
+        _, units["actor"], ranked["actor"] = forward(actor, zs)
+    plasticity, expected = agent.plasticity(), {}
+    for name, module in agent.networks.items():
+        scores = torch.cat([h.abs().mean(0) / h.abs().mean() for h in units[name]])
+        sigma = torch.linalg.svdvals(ranked[name])
+        share = sigma / sigma.sum()
+        values = {"dormant_ratio": (scores <= 0.1).float().mean(), "srank": (share.cumsum(0) < 0.99).sum() + 1}
+        values["active_fraction"] = torch.cat([(h > 0).float().mean(0) for h in units[name]]).mean()
+        values["stable_rank"] = (sigma**2).sum() / sigma[0] ** 2
+        values["effective_rank"] = torch.exp(-(share * share.clamp_min(1e-30).log()).sum())
+        values["weight_norm"] = sum(float(p.detach().square().sum()) for p in module.parameters()) ** 0.5
+        expected |= {f"plasticity/{name}/{metric}": float(value) for metric, value in values.items()}
+    assert {name: float(value) for name, value in plasticity.items()} == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_critics_gradient_norm_is_masked_and_not_yet_clipped():
+    agent, free = filled_agent(max_grad_norm=0.05), filled_agent(max_grad_norm=1e9)
+    for one in (agent, free):
+        one.copy_targets()
+        one.update_encoder(torch.arange(16))
+        torch.manual_seed(3)
+        one.update_critic_and_actor(torch.arange(16))
+    norms = {name: norm.item() for name, norm in agent.grad_norms().items()}
+    for name in ("encoder", "critic"):
+        gradients = [p.grad for p in free.networks[name].parameters()]
+        expected = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+        assert norms[f"plasticity/{name}/grad_norm"] == pytest.approx(expected, rel=1e-4) and expected > 0.05
+    assert list(norms) == [f"plasticity/{name}/grad_norm" for name in agent.networks]
+
+
+def test_compiled_it_is_the_same_update(monkeypatch):
+    """Traced by torch.compile, which needs no compiler of C++ for that."""
+    compiled, true_compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or true_compile(f, backend="eager"))
+    agents = filled_agent(), filled_agent(compile=True)
+    assert compiled == [mst_rigl.encoder_loss, mst_rigl.critic_loss, mst_rigl.actor_loss, mst_rigl.td_target]
+    for agent in agents:
+        torch.manual_seed(1)
+        agent.copy_targets()
+        agent.update_encoder(torch.arange(16))
+        agent.update_critic_and_actor(torch.arange(16))
+    for (name, weight), (_, other) in zip(agents[0].named_weights(), agents[1].named_weights(), strict=True):
+        torch.testing.assert_close(weight, other, msg=name)
 
 
 # ------------------------------------------------------------------------------------------------------------ replay
@@ -627,12 +702,22 @@ def test_a_layer_that_gets_all_its_weights_is_left_alone():
     assert counts["actor"] - counts["actor_active"] == sum(linear) - round(0.8 * sum(linear))
 
 
-@pytest.mark.parametrize(("preset", "low", "high"), [("mst", 3.5e6, 4.5e6), ("mst-362m", 3.4e8, 4.4e8)])
-def test_parameters_of_the_presets_on_dog_run(preset, low, high):
-    args = Args(**(mst_rigl.PRESETS[f"preset {preset}"] | {"total_steps": 1, "actor_regime": "dense"}))
+@pytest.mark.parametrize(("preset", "millions"), [("mst", 3.99), ("mst-362m", 351.7)])
+def test_parameters_of_the_presets_on_dog_run(preset, millions):
+    args = parse_args(Args, mst_rigl.PRESETS, ["--preset", preset])
     with torch.device("meta"):
         networks = mst_rigl.build_networks(args, 223, 38)
-    assert low < sum(p.numel() for net in networks.values() for p in net.parameters()) < high
+    count = sum(p.numel() for net in networks.values() for p in net.parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+def test_a_wide_and_deep_network_makes_a_step():
+    """The block types, depth and regimes of --preset mst-362m, a sixteenth as wide."""
+    agent = filled_agent(**(mst_rigl.PRESETS["preset mst-362m"] | {"width_scale": 5 / 16, "target_update": 1}))
+    before = [weight.clone() for _, weight in agent.named_weights()]
+    agent.update()
+    for (name, weight), old in zip(agent.named_weights(), before, strict=True):
+        assert weight.isfinite().all() and not torch.equal(weight, old), name
 
 
 # -------------------------------------------------------------------------------------------- whole runs, a real task
@@ -647,8 +732,10 @@ def finished_run(tmp_path_factory):
     def copy_targets(agent):
         true_copy(agent)
         for name, topology in agent.topologies.items():
-            targets = agent.targets[name].state_dict()
-            assert all((targets[key][~mask] == 0).all() for key, mask in topology.masks.items())
+            assert topology.masks or name == "encoder"
+            for key, mask in topology.masks.items():  # a tensor of their own, not the networks'
+                target = agent.targets[name].get_parameter(key)
+                assert (target[~mask] == 0).all() and target is not topology.weights[key]
 
     def update(agent):
         true_update(agent)
@@ -663,6 +750,7 @@ def finished_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Agent, "update", update)
         patch.setattr(Agent, "copy_targets", copy_targets)
+        patch.setattr(mst_rigl, "LOG_EVERY", 100)
         results = mst_rigl.main(Args(**TINY, run_dir=str(run_dir)))
     return {"run_dir": run_dir, "results": results, "masks": masks, "checkpoint": checkpoint_of(run_dir)}
 
@@ -679,8 +767,12 @@ def test_masks_keep_their_exact_counts_for_ever(finished_run):
         counts = mst_rigl.erdos_renyi_counts([tuple(w.shape) for w in linear.values()], 0.6)
         counts = dict(zip(linear, counts, strict=True))
         for masks in finished_run["masks"]:
+            assert masks[name].keys() == {key for key in counts if counts[key] < linear[key].numel()}
             assert {key: int(mask.sum()) for key, mask in masks[name].items()} == {k: counts[k] for k in masks[name]}
-        assert sum(counts.values()) == round(0.4 * sum(w.numel() for w in linear.values()))
+        sizes = [weight.numel() for weight in linear.values()]
+        assert sum(counts.values()) == round(0.4 * sum(sizes))
+        parameters = finished_run["results"]["parameters"]
+        assert parameters[name] - parameters[f"{name}_active"] == sum(sizes) - round(0.4 * sum(sizes))
 
 
 def mst_rigl_sizes(finished_run) -> tuple[int, int]:
@@ -750,8 +842,6 @@ def assert_same_run(one: Path, two: Path) -> None:
     first, second = checkpoint_of(one), checkpoint_of(two)
     for checkpoint in (first, second):
         del checkpoint["record"]["seconds"]
-    # when checkpoints were asked for is not part of the run
-    assert first["at"].pop("next_checkpoint") and second["at"].pop("next_checkpoint")
     assert_same_tensors(first, second)
     assert (one / "evaluations.csv").read_bytes() == (two / "evaluations.csv").read_bytes()
     results = [json.loads((run / "results.json").read_text()) for run in (one, two)]
@@ -776,6 +866,59 @@ def test_the_command_leaves_every_file_and_ends_with_a_table(finished_run, tmp_p
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     # a subprocess and a call of main are the same run
     assert_same_run(tmp_path / "run", finished_run["run_dir"])
+
+
+def test_tensorboard_has_the_named_scalars(finished_run):
+    events = EventAccumulator(str(finished_run["run_dir"])).Reload()
+    expected = {"charts/episodic_return", "eval/return/Hopper-v5", "charts/SPS", "charts/reward_scale"}
+    expected |= {f"losses/{name}" for name in ("encoder", "dynamics", "reward", "done", "critic", "q", "actor")}
+    names = ("dormant_ratio", "active_fraction", "srank", "stable_rank", "effective_rank", "weight_norm", "grad_norm")
+    for module in ("encoder", "critic", "actor"):
+        expected |= {f"plasticity/{module}/{name}" for name in names}
+        if module != "encoder":
+            expected |= {f"sparsity/{module}/{name}" for name in ("density", "changed", "overlap_with_initial")}
+    assert set(events.Tags()["scalars"]) == expected
+    for tag in expected:
+        assert all(math.isfinite(event.value) for event in events.Scalars(tag)), tag
+    # a return for each episode that ended, none for the one that the end of the run cut
+    data = finished_run["checkpoint"]["agent"]["replay"]["data"]
+    assert data["is_step"][(finished_run["checkpoint"]["agent"]["replay"]["head"] - 1) % 500]
+    assert events.Scalars("charts/episodic_return")[-1].step < TINY["total_steps"]
+
+
+@pytest.mark.parametrize(("first", "then", "saves"), [(60, 0, 1), (0, 60, 4)])
+def test_checkpoint_every_may_change_on_resume(tmp_path, monkeypatch, first, then, saves):
+    true_update, true_save, saved = Agent.update, mst_rigl.Recorder.save, []
+
+    def update(agent):
+        if agent.updates == 100:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_update(agent)
+
+    run_dir = str(tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Agent, "update", update)
+        mst_rigl.main(Args(**TINY, run_dir=run_dir, checkpoint_every=first))
+    monkeypatch.setattr(mst_rigl.Recorder, "save", lambda *a: saved.append(a[1]) or true_save(*a))
+    mst_rigl.main(Args(**TINY, run_dir=run_dir, resume=run_dir, checkpoint_every=then))
+    assert saved[-1] == TINY["total_steps"] and (len(saved) == 1 if saves == 1 else len(saved) >= saves), saved
+
+
+def test_episodes_that_are_too_short_for_the_encoder_are_refused(tmp_path):
+    options = TINY | {"env_id": "dmc/cartpole-swingup", "action_repeat": 250, "run_dir": str(tmp_path / "run")}
+    with pytest.raises(ArgumentError, match="--action-repeat 250: no episode is as long as 5 agent steps"):
+        mst_rigl.main(Args(**options))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("interval", "modules"), [(374, []), (375, ["critic"])])
+def test_a_topology_that_will_never_change_is_said(tmp_path, monkeypatch, interval, modules):
+    said = []
+    monkeypatch.setattr(mst_rigl.Recorder, "say", lambda _, line: said.append(line))
+    monkeypatch.setattr(Agent, "update", lambda agent: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        mst_rigl.main(Args(**(TINY | {"rigl_interval": interval}), run_dir=str(tmp_path / "run")))
+    assert [re.search(r"warning: the (\w+)'s", line)[1] for line in said if "never changes" in line] == modules
 
 
 def test_killed_at_random_moments_and_resumed_it_is_the_same_run(finished_run, tmp_path):
@@ -867,6 +1010,7 @@ BAD_ARGUMENTS = {
     "depth": (["--depth-scale", "0"], r"--depth-scale 0: must be at least 1"),
     "rate": (["--actor-lr", "inf"], r"--actor-lr inf: must be a positive number"),
     "drop": (["--rigl-drop", "1.5"], r"--rigl-drop 1\.5: must be between 0 and 1"),
+    "seed": (["--seed", str(10**20)], r"--seed 10{20}: must be at least 0 and below 2\*\*32"),
     "no steps": (["--total-steps", "0"], r"--total-steps 0: must be at least 1"),
     "warm-up": (["--total-steps", "5000"], r"--learning-starts 10000: must be below --total-steps 5000"),
     "no warm-up": (["--learning-starts", "3"], r"--learning-starts 3: must be above 10"),
@@ -922,6 +1066,8 @@ def test_a_preset_sets_defaults_and_what_is_typed_wins(words):
     assert (args.encoder_type, args.critic_type, args.actor_type) == (4, 4, 3)
     assert (args.encoder_regime, args.critic_regime, args.actor_regime) == ("dense", "dense", "rigl")
     assert args.preset == "mrq"
+    large = parse_args(Args, mst_rigl.PRESETS, ["--preset", "mst-362m", "--depth-scale", "5"])
+    assert (large.width_scale, large.depth_scale, large.critic_regime, large.encoder_type) == (5, 5, "rigl", 6)
     mst = Args()
     assert (mst.encoder_type, mst.critic_type, mst.actor_type) == (6, 4, 5)
     assert (mst.encoder_regime, mst.critic_regime, mst.actor_regime) == ("dense", "rigl", "static")
@@ -947,7 +1093,14 @@ def test_evaluate_gives_the_last_evaluation_of_the_run(finished_run, capsys):
     result = mst_rigl.main(Args(evaluate=str(run_dir), episodes=TINY["eval_episodes"]))
     assert result["episode_return"] == finished_run["results"]["tasks"][0]["final_return"]
     assert TINY["env_id"] in capsys.readouterr().out
+    assert mst_rigl.main(Args(evaluate=str(run_dir), episodes=1, quiet=True)) and capsys.readouterr().out == ""
     assert {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()} == before
+
+
+def test_capture_video_records_an_episode_of_an_evaluation(finished_run, tmp_path):
+    run_dir = shutil.copytree(finished_run["run_dir"], tmp_path / "run")
+    mst_rigl.main(Args(evaluate=str(run_dir), episodes=1, capture_video=True, quiet=True))
+    assert [path.stat().st_size > 1000 for path in (run_dir / "videos" / "evaluate").glob("*.mp4")] == [True]
 
 
 def test_evaluating_more_often_changes_nothing_in_training(finished_run, tmp_path):
