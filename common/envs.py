@@ -10,6 +10,7 @@ import contextlib
 import ctypes.util
 import difflib
 import functools
+import importlib.util
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
@@ -26,6 +27,11 @@ if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get(
     # Left to themselves MuJoCo, Gymnasium and dm_control choose GLFW, which cannot draw without a display. dm_control
     # does not even import with "egl" where that library is missing, hence "disable" (no rendering) there.
     os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "disable")
+
+if importlib.util.find_spec("triton"):
+    # PyTorch's CUDA build imports it when it needs it. Its LLVM has to be there before that of Mesa, which draws where
+    # there is no GPU: the other way round the process dies.
+    importlib.import_module("triton")
 
 import mujoco
 
