@@ -209,7 +209,15 @@ class CoAllocatedLinear(nn.Module):
         beta, trainable_weight: factors of the frozen and of the trainable entries.
     """
 
-    def __init__(self, weight, bias, weight_is_frozen, bias_is_frozen, beta: float, trainable_weight: float):
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_is_frozen: Tensor,
+        bias_is_frozen: Tensor | None,
+        beta: float,
+        trainable_weight: float,
+    ):
         super().__init__()
         frozen = weight_is_frozen.any() or (bias is not None and bias_is_frozen.any())
         self.plain = trainable_weight == 1 and not frozen  # the first task and the dense methods: nothing to combine
@@ -556,7 +564,7 @@ class ReplayBuffer:
     """Ring of transitions in preallocated tensors. Meta-World never terminates, so there is no terminal flag."""
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        new = partial(torch.zeros, device=device)  # pages of zeros take no memory before they are written
+        new = partial(torch.zeros, device=device)  # on a CPU, pages of zeros take no memory before they are written
         self.data = {
             "obs": new(capacity, obs_dim),
             "next_obs": new(capacity, obs_dim),
@@ -602,8 +610,15 @@ class ReplayBuffer:
             self.data[name][: len(self)] = column
 
 
-def critic_loss(policy, critics, targets, log_alpha: Tensor, batch: dict[str, Tensor], gamma: float):
-    """Soft Bellman error of both critics, summed, and the mean of Q. The end of an episode is only its time limit."""
+def critic_loss(
+    policy: TaskPolicy,
+    critics: nn.ModuleList,
+    targets: nn.ModuleList,
+    log_alpha: Tensor,
+    batch: dict[str, Tensor],
+    gamma: float,
+) -> tuple[Tensor, Tensor]:
+    """Soft Bellman error of both critics, summed, and the mean of the first Q. An episode ends by its time only."""
     with torch.no_grad():
         next_action, next_log_prob = policy.sample(batch["next_obs"])
         next_input = torch.cat([batch["next_obs"], next_action], 1)
@@ -614,7 +629,7 @@ def critic_loss(policy, critics, targets, log_alpha: Tensor, batch: dict[str, Te
     return sum(F.mse_loss(q, y) for q in values), values[0].detach().mean()
 
 
-def actor_loss(policy, critics, log_alpha: Tensor, obs: Tensor):
+def actor_loss(policy: TaskPolicy, critics: nn.ModuleList, log_alpha: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
     """alpha log pi - Q over the batch, and the mean of log pi."""
     action, log_prob = policy.sample(obs)
     q_input = torch.cat([obs, action], 1)
@@ -622,7 +637,7 @@ def actor_loss(policy, critics, log_alpha: Tensor, obs: Tensor):
     return (log_alpha.detach().exp() * log_prob - q).mean(), log_prob.detach().mean()
 
 
-def distillation_loss(policy, obs: Tensor) -> Tensor:
+def distillation_loss(policy: TaskPolicy, obs: Tensor) -> Tensor:
     """KL(pi || N(0, 1)) before the squash.
 
     Frozen weights already decide a later task's first actions; this brings back the exploration of an untrained policy.

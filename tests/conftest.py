@@ -1,4 +1,6 @@
-"""What a script's `main` changes in its process is undone after every test."""
+"""What tests share: the process as it was after every test, and the logged metrics by their literal definitions."""
+
+import math
 
 import pytest
 import torch
@@ -11,3 +13,26 @@ def process_settings():
     yield
     torch.set_flush_denormal(False)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def assert_plasticity():
+    """Compare what a script logs of one network with the hidden activations and the module that it should be of."""
+
+    def check(plasticity: dict, net: str, module: torch.nn.Module, features: list[torch.Tensor], taus: dict) -> None:
+        def logged(name: str) -> torch.Tensor:
+            return plasticity[f"plasticity/{net}/{name}"]
+
+        units = torch.cat([h.abs().mean(0) / h.abs().mean() for h in features])
+        for name, tau in taus.items():
+            assert logged(name) == pytest.approx((units <= tau).float().mean().item())
+        positive = torch.cat([(h > 0).float().mean(0) for h in features]).mean().item()
+        assert logged("active_fraction") == pytest.approx(positive)
+        values = torch.linalg.svdvals(features[-1])
+        assert logged("srank") == int((values.cumsum(0) / values.sum() < 0.99).sum()) + 1
+        norm = math.sqrt(sum(float(p.detach().square().sum()) for p in module.parameters()))
+        assert logged("weight_norm") == pytest.approx(norm, rel=1e-4)
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters()))
+        assert logged("grad_norm") == pytest.approx(norm, rel=1e-4)
+
+    return check

@@ -583,7 +583,7 @@ def test_tensorboard_has_the_named_scalars_with_their_values(tmp_path, monkeypat
     assert last == pytest.approx({name: metrics[f"critic_{name}"] for name in last})
 
 
-def test_metrics_are_those_of_the_right_networks_and_transitions():
+def test_metrics_are_those_of_the_right_networks_and_transitions(assert_plasticity):
     agent = make_agent()
     for _ in range(10):
         agent.update()
@@ -601,18 +601,8 @@ def test_metrics_are_those_of_the_right_networks_and_transitions():
     features = {"actor": hidden(agent.actor, batch["obs"])}
     features["critic"] = hidden(agent.critics[0], q_input) + hidden(agent.critics[1], q_input)
     for net, module in (("actor", agent.actor), ("critic", agent.critics)):
-        units = torch.cat([h.abs().mean(0) / h.abs().mean() for h in features[net]])
-        for name, tau in (("dormant_ratio", 0.025), ("dormant_ratio_tau_0", 0), ("dormant_ratio_tau_0.1", 0.1)):
-            assert plasticity[f"plasticity/{net}/{name}"] == pytest.approx((units <= tau).float().mean().item())
-        positive = torch.cat([(h > 0).float().mean(0) for h in features[net]]).mean().item()
-        assert plasticity[f"plasticity/{net}/active_fraction"] == pytest.approx(positive)
-        values = torch.linalg.svdvals(features[net][-1])
-        rank = int((values.cumsum(0) / values.sum() < 0.99).sum()) + 1
-        assert plasticity[f"plasticity/{net}/srank"] == rank
-        norm = math.sqrt(sum(float(p.detach().square().sum()) for p in module.parameters()))
-        assert plasticity[f"plasticity/{net}/weight_norm"] == pytest.approx(norm, rel=1e-4)
-        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters()))
-        assert plasticity[f"plasticity/{net}/grad_norm"] == pytest.approx(norm, rel=1e-4)
+        taus = {"dormant_ratio": 0.025, "dormant_ratio_tau_0": 0, "dormant_ratio_tau_0.1": 0.1}
+        assert_plasticity(plasticity, net, module, features[net], taus)
 
 
 def test_compile_wraps_both_losses(monkeypatch):

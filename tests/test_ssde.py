@@ -602,7 +602,7 @@ def test_continual_metrics_by_hand():
     assert ssde.continual_metrics(rows, ["a", "b"], None)["forward_transfer_cw"] == "needs --reference"
 
 
-def test_metrics_are_those_of_the_right_networks_and_transitions():
+def test_metrics_are_those_of_the_right_networks_and_transitions(assert_plasticity):
     agent = trained_agent()
     batch, plasticity = agent.replay.recent(1000), agent.plasticity()
 
@@ -621,17 +621,7 @@ def test_metrics_are_those_of_the_right_networks_and_transitions():
     leaky = [m for critic in agent.critics for m in critic if isinstance(m, torch.nn.LeakyReLU)]
     features["critic"] = hidden(leaky, lambda: [critic(q_input) for critic in agent.critics])
     for net, module in (("actor", agent.policy), ("critic", agent.critics)):
-        units = torch.cat([h.abs().mean(0) / h.abs().mean() for h in features[net]])
-        assert plasticity[f"plasticity/{net}/dormant_ratio"] == pytest.approx((units <= 0.025).float().mean().item())
-        positive = torch.cat([(h > 0).float().mean(0) for h in features[net]]).mean().item()
-        assert plasticity[f"plasticity/{net}/active_fraction"] == pytest.approx(positive)
-        values = torch.linalg.svdvals(features[net][-1])
-        rank = int((values.cumsum(0) / values.sum() < 0.99).sum()) + 1
-        assert plasticity[f"plasticity/{net}/srank"] == rank
-        norm = math.sqrt(sum(float(p.detach().square().sum()) for p in module.parameters()))
-        assert plasticity[f"plasticity/{net}/weight_norm"] == pytest.approx(norm, rel=1e-4)
-        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters()))
-        assert plasticity[f"plasticity/{net}/grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert_plasticity(plasticity, net, module, features[net], {"dormant_ratio": 0.025})
 
 
 def test_defaults_are_the_papers():
