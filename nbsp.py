@@ -71,6 +71,7 @@ QUICK = {
     "learning_starts": 1000,
     "eval_every": 2500,
     "eval_episodes": 20,
+    "hidden_dim": 128,
     "policy_lr": 1e-3,
     "gamma": 0.98,
 }
@@ -89,7 +90,7 @@ class Args:
     seed: int = 1
     """seed of everything random"""
     quick: bool = False
-    """a first look: drawer-close and button-press, at most 25 000 steps a visit; other arguments still win"""
+    """a first look: drawer-close and button-press, small networks, at most 25 000 steps a visit; others still win"""
     resume: str | None = None
     """go on with the run in this folder; its arguments are used"""
     evaluate: str | None = None
