@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
@@ -674,6 +675,11 @@ def start(*words, start_new_session=False, **options) -> subprocess.Popen:
     return subprocess.Popen(command, **pipes, start_new_session=start_new_session)
 
 
+def wait_for(happened: Callable[[], bool], run: subprocess.Popen) -> None:
+    while not happened() and run.poll() is None:
+        time.sleep(0.02)
+
+
 def assert_same_tensors(one, two, where: str = "") -> None:
     """Equal bytes in nested dicts and lists, NaN included."""
     assert type(one) is type(two), where
@@ -736,17 +742,27 @@ def test_warm_up_updates_and_pruning_come_at_their_steps(finished_run):
     assert warm_up.min() < -0.95 and warm_up.max() > 0.95 and abs(warm_up.mean()) < 0.1
 
 
-def test_killed_at_random_moments_and_resumed_it_is_the_same_run(finished_run, tmp_path):
+def test_stopped_and_killed_at_random_moments_and_resumed_it_is_the_same_run(finished_run, tmp_path):
+    """SIGTERM to the whole group, as of timeout, systemd and Slurm, while the workers still import; the same and
+    SIGKILL at a random moment of training, with and without workers; then on to the end."""
     run_dir, rng = tmp_path / "run", np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
-    run = start(**TINY, run_dir=run_dir)
-    for kill in range(2):
-        while not (run_dir / "checkpoint.pt").exists() and run.poll() is None:
-            time.sleep(0.1)
-        time.sleep(rng.uniform(0, 3))
-        run.send_signal(signal.SIGTERM if kill else signal.SIGKILL)
+    config, checkpoint = run_dir / "config.json", run_dir / "checkpoint.pt"
+    resume = ("--resume", str(run_dir))
+    run = start(**TINY, run_dir=run_dir, num_workers=2, start_new_session=True)
+    wait_for(lambda: config.exists(), run)
+    for sent, wait, next_words in (
+        (signal.SIGTERM, 1.0, resume),
+        (signal.SIGTERM, rng.uniform(0, 1), (*resume, "--num-workers", "0")),
+        (signal.SIGKILL, rng.uniform(0, 1), resume),
+    ):
+        time.sleep(wait)
+        os.killpg(run.pid, sent)
         _, err = run.communicate(timeout=120)
-        assert run.returncode in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0), err
-        run = start("--resume", str(run_dir))
+        if sent == signal.SIGTERM and run.returncode != 0:
+            assert run.returncode == 128 + signal.SIGTERM and "Traceback" not in err and "--resume" in err, err
+        written = checkpoint.stat().st_mtime_ns
+        run = start(*next_words, start_new_session=True)
+        wait_for(lambda before=written: checkpoint.stat().st_mtime_ns > before, run)
     _, err = run.communicate(timeout=600)
     assert run.returncode == 0, err
     assert_same_run(run_dir, finished_run["run_dir"])
@@ -811,24 +827,6 @@ def test_worker_processes_change_nothing():
         workers.close()
         alone.close()
     assert not any(process.is_alive() for process in workers.processes)
-
-
-@pytest.mark.parametrize("early", [True, False])
-def test_a_signal_to_the_whole_group_of_a_run_with_workers_loses_nothing(finished_run, tmp_path, early):
-    """As of timeout, systemd and Slurm; `early`: while the workers still import. The run goes on without workers."""
-    run_dir = tmp_path / "run"
-    run = start(**TINY, run_dir=run_dir, num_workers=2, start_new_session=True)
-    sign = run_dir / ("config.json" if early else "checkpoint.pt")
-    while not sign.exists() and run.poll() is None:
-        time.sleep(0.02)
-    time.sleep(1.0 if early else 0.5)
-    os.killpg(run.pid, signal.SIGTERM)
-    _, err = run.communicate(timeout=120)
-    assert run.returncode == 128 + signal.SIGTERM and "Traceback" not in err and "--resume" in err, err
-    resumed = start("--resume", str(run_dir), "--num-workers", "0")
-    _, err = resumed.communicate(timeout=600)
-    assert resumed.returncode == 0, err
-    assert_same_run(run_dir, finished_run["run_dir"])
 
 
 @pytest.mark.parametrize("end", ["interrupted", "not finite", "finished"])
