@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import sparse_mtrl_gmp_set as script
 from common import envs
-from common.recorder import ArgumentError, Interrupted, NotFiniteError, Recorder, load_checkpoint
+from common.recorder import ArgumentError, Interrupted, Recorder, load_checkpoint
 from sparse_mtrl_gmp_set import Actor, Agent, Args, Critic, MultiTaskNetwork, ReplayBuffer
 
 ROOT = Path(__file__).parent.parent
@@ -829,7 +829,7 @@ def test_worker_processes_change_nothing():
     assert not any(process.is_alive() for process in workers.processes)
 
 
-@pytest.mark.parametrize("end", ["interrupted", "not finite", "finished"])
+@pytest.mark.parametrize("end", ["interrupted", "finished"])
 def test_no_worker_process_outlives_main(end, tmp_path, monkeypatch):
     true_update, seen = Agent.update, []
 
@@ -838,13 +838,10 @@ def test_no_worker_process_outlives_main(end, tmp_path, monkeypatch):
             seen.extend(multiprocessing.active_children())
             if end == "interrupted":
                 os.kill(os.getpid(), signal.SIGTERM)
-            elif end == "not finite":
-                agent.log_alpha.data[1] = math.nan
         return true_update(agent)
 
     monkeypatch.setattr(Agent, "update", update)
-    errors = {"interrupted": Interrupted, "not finite": NotFiniteError}
-    with pytest.raises(errors[end]) if end in errors else contextlib.nullcontext():
+    with pytest.raises(Interrupted) if end == "interrupted" else contextlib.nullcontext():
         script.main(Args(**(TINY | {"num_workers": 2}), run_dir=str(tmp_path / "run")))
     assert len(seen) == 2 and multiprocessing.active_children() == []
 
@@ -892,11 +889,11 @@ def test_other_options_run_to_their_end(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no EGL library here")
 def test_capture_video_records_an_episode_of_each_task(tmp_path):
-    options = {"benchmark": "reach,push", "total_steps": 80, "episode_steps": 10, "learning_starts": 40}
-    options |= {"prune_every": 5, "eval_every": 80, "capture_video": True}
+    options = {"benchmark": "reach,push", "total_steps": 32, "episode_steps": 4, "learning_starts": 16}
+    options |= {"prune_every": 2, "eval_every": 32, "capture_video": True}
     script.main(Args(**(TINY | options), run_dir=str(tmp_path / "run")))
     script.main(Args(evaluate=str(tmp_path / "run"), episodes=1, capture_video=True, quiet=True))
-    for folder in ("step-80", "evaluate"):
+    for folder in ("step-32", "evaluate"):
         for task in ("reach-v3", "push-v3"):
             assert list((tmp_path / "run" / "videos" / folder / task).glob("*.mp4"))
 
