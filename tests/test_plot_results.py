@@ -192,6 +192,22 @@ def test_mean_over_tasks_counts_tasks_not_yet_seen_as_zero(two_groups):
     assert plot_results.phase_borders(evaluations) == [100]
 
 
+def test_phases_that_end_at_different_steps_are_drawn_with_the_same_width(tmp_path):
+    """One run ends its first phase at step 40 of 140, the other at step 100 of 160."""
+    runs = []
+    for seed, ends in enumerate([(40, 140), (100, 160)]):
+        steps = [(ends[0] // 2, 0), (ends[0], 0), ((ends[0] + ends[1]) // 2, 1), (ends[1], 1)]
+        rows = [(step, phase, 0, "reach", 1.0, 0.5) for step, phase in steps]
+        runs.append(make_run(tmp_path / str(seed), rows, seed))
+    evaluations, _ = plot_results.collect(tuple(runs), ())
+    aligned, by_phase = plot_results.align_phases(evaluations)
+    assert by_phase and aligned["global_step"].tolist() == [0.5, 1, 1.5, 2] * 2
+    assert plot_results.phase_borders(aligned) == [1]
+    alone = evaluations[evaluations["seed"] == 0]
+    same, by_phase = plot_results.align_phases(alone)
+    assert same is alone and not by_phase
+
+
 def test_what_cannot_be_shown_is_an_error(two_groups, tmp_path):
     runs = tuple(two_groups)
     unfinished = two_task_run(tmp_path / "unfinished", "ssde", 9, 0.5, 0.5)

@@ -233,6 +233,7 @@ def mean_over_tasks(evaluations: pd.DataFrame) -> pd.DataFrame:
 
 def draw(evaluations: pd.DataFrame, table: pd.DataFrame, path: Path) -> None:
     """Learning curves, a panel per task and a colour per group (mean line, min-max band over seeds), bars below."""
+    evaluations, by_phase = align_phases(evaluations)
     measure, groups = measure_of(evaluations), list(dict.fromkeys(evaluations["group"]))
     style = {
         group: {"color": COLOURS[i % len(COLOURS)], "linestyle": LINE_STYLES[i % len(LINE_STYLES)], "linewidth": 1.6}
@@ -264,15 +265,16 @@ def draw(evaluations: pd.DataFrame, table: pd.DataFrame, path: Path) -> None:
             axis.axvline(border, color="0.6", linewidth=0.6, zorder=0)
         axis.set_title(label, fontsize=9)
         tidy(axis)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.xaxis.set_major_locator(MaxNLocator(4))
+        if not by_phase:
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=by_phase))
         if measure == "success":
             axis.set_ylim(-0.04, 1.04)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
     for axis in list(axes.flat)[max(0, len(panels) - columns) : len(panels)]:
         axis.tick_params(labelbottom=True)  # the last panel of each column
-    upper.supxlabel("environment steps", fontsize=9)
+    upper.supxlabel("phases, each drawn with the same width" if by_phase else "environment steps", fontsize=9)
     upper.supylabel("success" if measure == "success" else "episode return", fontsize=9)
     seeds = evaluations.groupby("group")["seed"].nunique()
     handles = [Line2D([], [], label=f"{group} ({count(seeds[group], 'seed')})", **style[group]) for group in groups]
@@ -293,7 +295,23 @@ def draw(evaluations: pd.DataFrame, table: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def phase_borders(evaluations: pd.DataFrame) -> list[int]:
+def align_phases(evaluations: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
+    """`global_step` in phases where runs ended them at different steps (a visit that stops when solved), and whether.
+
+    The mean over seeds at one step would mix phases there. Every phase gets the width 1: its end, where there is always
+    an evaluation, lies at a whole number.
+    """
+    steps = evaluations.groupby(["group", "seed", "phase"])["global_step"].max().unstack("phase")
+    if (steps.nunique() <= 1).all():
+        return evaluations, False
+    run = pd.MultiIndex.from_frame(evaluations[["group", "seed", "phase"]])
+    end = steps.stack().loc[run].to_numpy()
+    start = steps.shift(axis=1, fill_value=0).stack().loc[run].to_numpy()
+    phases = evaluations["phase"] + (evaluations["global_step"] - start) / (end - start)
+    return evaluations.assign(global_step=phases), True
+
+
+def phase_borders(evaluations: pd.DataFrame) -> list[float]:
     """Steps at which a phase ended, the last phase of a run left out."""
     ends = evaluations.groupby(["group", "seed", "phase"])["global_step"].max()
     return sorted({end for _, run in ends.groupby(["group", "seed"]) for end in run.iloc[:-1]})
