@@ -278,7 +278,9 @@ def draw(evaluations: pd.DataFrame, table: pd.DataFrame, path: Path) -> None:
     upper.supylabel("success" if measure == "success" else "episode return", fontsize=9)
     seeds = evaluations.groupby("group")["seed"].nunique()
     handles = [Line2D([], [], label=f"{group} ({count(seeds[group], 'seed')})", **style[group]) for group in groups]
-    upper.legend(handles=handles, loc="outside upper center", ncols=min(4, len(groups)), fontsize=9, frameon=False)
+    longest = max(len(handle.get_label()) for handle in handles) + 6  # the line sample is as wide as six letters
+    ncols = min(4, len(groups), max(1, 110 // longest))
+    upper.legend(handles=handles, loc="outside upper center", ncols=ncols, fontsize=9, frameon=False)
 
     if bars:
         for axis, metric in zip(lower[0].subplots(1, len(bars), sharey=True, squeeze=False)[0], bars, strict=True):
