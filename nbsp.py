@@ -11,7 +11,7 @@ weights move a tenth as far or less, the others move freely. Every tenth update 
 Read first: `goal_proximity` and `neuron_scores` (Algorithm 1), `skill_neurons`, `gradient_masks` (Eq. 5), `masked_step`
 (Eq. 6), `PreviousTasks` (Eq. 7), then `Agent.update` and `main`.
 
-    python nbsp.py --quick                                          # two easy tasks, twice: about 14 minutes on a CPU
+    python nbsp.py --quick                                          # two easy tasks, twice: 11 to 16 minutes on a CPU
     python nbsp.py --task-seq window-open,window-close --cycles 2   # the paper's first cycle, 500 000 steps a task
 
 There is no public code. What the paper leaves open, and what we chose:

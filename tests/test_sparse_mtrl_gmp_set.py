@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import sparse_mtrl_gmp_set as script
 from common import envs
-from common.recorder import ArgumentError, Interrupted, Recorder, load_checkpoint
+from common.recorder import ArgumentError, Interrupted, NotFiniteError, Recorder, load_checkpoint
 from sparse_mtrl_gmp_set import Actor, Agent, Args, Critic, MultiTaskNetwork, ReplayBuffer
 
 ROOT = Path(__file__).parent.parent
@@ -743,26 +743,30 @@ def test_warm_up_updates_and_pruning_come_at_their_steps(finished_run):
 
 
 def test_stopped_and_killed_at_random_moments_and_resumed_it_is_the_same_run(finished_run, tmp_path):
-    """SIGTERM to the whole group, as of timeout, systemd and Slurm, while the workers still import; SIGKILL at a random
-    moment of training; then on to the end without workers."""
+    """SIGTERM to the whole group, as of timeout, systemd and Slurm, while the workers still import and in training;
+    SIGKILL in training without workers; then on to the end."""
     run_dir, rng = tmp_path / "run", np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
     config, checkpoint = run_dir / "config.json", run_dir / "checkpoint.pt"
-    resume = ("--resume", str(run_dir))
-    run = start(**TINY, run_dir=run_dir, num_workers=2, start_new_session=True)
-    wait_for(lambda: config.exists(), run)
-    time.sleep(1)
-    os.killpg(run.pid, signal.SIGTERM)
-    _, err = run.communicate(timeout=120)
-    assert run.returncode == 128 + signal.SIGTERM and "Traceback" not in err and "--resume" in err, err
 
-    written = checkpoint.stat().st_mtime_ns
-    run = start(*resume, start_new_session=True)
-    wait_for(lambda: checkpoint.stat().st_mtime_ns > written, run)
-    time.sleep(rng.uniform(0, 1))
+    def resume_and_wait(*words) -> subprocess.Popen:
+        """Resume; come back at a random moment after the next checkpoint."""
+        written = checkpoint.stat().st_mtime_ns
+        run = start("--resume", str(run_dir), *words, start_new_session=True)
+        wait_for(lambda: checkpoint.stat().st_mtime_ns > written, run)
+        time.sleep(rng.uniform(0, 0.5))
+        return run
+
+    run = start(**TINY, run_dir=run_dir, num_workers=2, start_new_session=True)
+    wait_for(config.exists, run)
+    time.sleep(1)
+    for next_words in ((), ("--num-workers", "0")):
+        os.killpg(run.pid, signal.SIGTERM)
+        _, err = run.communicate(timeout=120)
+        assert run.returncode == 128 + signal.SIGTERM and "Traceback" not in err and "--resume" in err, err
+        run = resume_and_wait(*next_words)
     os.killpg(run.pid, signal.SIGKILL)
     run.communicate(timeout=120)
-
-    run = start(*resume, "--num-workers", "0")
+    run = start("--resume", str(run_dir))
     _, err = run.communicate(timeout=600)
     assert run.returncode == 0, err
     assert_same_run(run_dir, finished_run["run_dir"])
@@ -829,7 +833,7 @@ def test_worker_processes_change_nothing():
     assert not any(process.is_alive() for process in workers.processes)
 
 
-@pytest.mark.parametrize("end", ["interrupted", "finished"])
+@pytest.mark.parametrize("end", ["interrupted", "not finite", "finished"])
 def test_no_worker_process_outlives_main(end, tmp_path, monkeypatch):
     true_update, seen = Agent.update, []
 
@@ -838,10 +842,13 @@ def test_no_worker_process_outlives_main(end, tmp_path, monkeypatch):
             seen.extend(multiprocessing.active_children())
             if end == "interrupted":
                 os.kill(os.getpid(), signal.SIGTERM)
+            elif end == "not finite":
+                agent.log_alpha.data[1] = math.nan
         return true_update(agent)
 
     monkeypatch.setattr(Agent, "update", update)
-    with pytest.raises(Interrupted) if end == "interrupted" else contextlib.nullcontext():
+    errors = {"interrupted": Interrupted, "not finite": NotFiniteError}
+    with pytest.raises(errors[end]) if end in errors else contextlib.nullcontext():
         script.main(Args(**(TINY | {"num_workers": 2}), run_dir=str(tmp_path / "run")))
     assert len(seen) == 2 and multiprocessing.active_children() == []
 
