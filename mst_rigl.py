@@ -21,11 +21,11 @@ Where we differ from MR.Q's code, and why:
 3. The last sub-trajectory of a truncated episode, which ends with its last observation, is sampled too.
 4. The reward scale and the 10 000 random steps count steps only. Theirs also count the slots between episodes.
 5. A step gets the largest priority when it becomes sampleable, theirs when it is stored.
-6. Rewards beyond the outermost bins are clipped, theirs give NaN; priorities start from 0, theirs uninitialised.
+6. Rewards beyond the outermost bins are clipped, theirs stop the run; priorities start from 0, theirs uninitialised.
 
-The paper's code is not public. We chose block types 1 to 3, Erdos-Renyi densities per module, RigL's interval, share
-and end (The State of Sparse Training in Deep RL), topology change and gradient step in one update (RigL's Algorithm 1:
-one or the other), width 5 and depth 4 for the largest network. README.md says more.
+The paper's code is not public. We chose block types 1 to 3, Erdos-Renyi densities per module, RigL's interval (The
+State of Sparse Training in Deep RL), share and end (about RigL's own), topology change and gradient step in one update
+(RigL's Algorithm 1: one or the other), width 5 and depth 4 for the largest network. README.md says more.
 """
 
 import copy
@@ -185,9 +185,9 @@ class Args:
     rigl_interval: int = 1000
     """updates of a module between two changes of its topology (State of Sparse Training in Deep RL)"""
     rigl_drop: float = 0.3
-    """share of a layer's connections that is moved at first; decays to 0 along a cosine"""
+    """share of a layer's connections that is moved at first (RigL); decays to 0 along a cosine"""
     rigl_until: float = 0.75
-    """share of the training after which topologies stay"""
+    """share of the training after which topologies stay (RigL: 25 000 of 32 000 steps)"""
 
 
 # --------------------------------------------------------------------------------------------------------- networks
@@ -435,7 +435,7 @@ class ReplayBuffer:
         self.data["not_done"][row] = 1.0 - terminated
         self.data["is_step"][row] = True
         self.episode_steps += 1
-        self.terminates |= terminated
+        self.terminates |= bool(terminated)  # a numpy flag would make the checkpoint unreadable
         if terminated or truncated:
             last = self._append(next_obs)
             self.data["is_step"][last] = False

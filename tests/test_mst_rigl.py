@@ -1,6 +1,7 @@
 """MR.Q against its authors' numbers, MST's topologies against literal versions, and their promises on real runs."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -124,6 +125,21 @@ def test_encoder_loss_and_gradients_are_the_authors(authors, terminates):
         assert (nets["encoder"].model.weight.grad[0] == 0).all() and nets["encoder"].model.bias.grad[0] == 0
 
 
+@pytest.mark.parametrize("terminates", [True, False])
+def test_an_agents_encoder_learns_from_its_target_and_from_terminals_once_there_was_one(
+    authors, terminates, monkeypatch
+):
+    agent = authors_agent(authors)
+    agent.replay.terminates = terminates
+    monkeypatch.setattr(agent.replay, "sub_trajectories", lambda rows: encoder_batch(authors))
+    agent.update_encoder(torch.arange(6))
+    close(agent.losses["encoder"], authors["loss.encoder_loss_" + ("terminating" if terminates else "non_terminating")])
+    if terminates:
+        expected = their_weights(authors, agent.networks["encoder"], "after_encoder_step.grad")
+        for name, parameter in agent.networks["encoder"].named_parameters():
+            close(parameter.grad, expected[name])
+
+
 def test_two_hot_is_the_authors(authors):
     bins = tiny_mrq(authors)[0]["encoder"].bins
     torch.testing.assert_close(bins, authors["two_hot_bins"], atol=1e-5, rtol=1e-6)
@@ -172,6 +188,20 @@ def test_the_arguments_of_preset_mrq_are_the_authors(authors):
     assert {args.weight_decay} == {meta[f"{module}_wd"] for module in ("enc", "value", "policy")}
     assert args.max_grad_norm == meta["value_grad_clip"]
     assert (args.batch_size, args.buffer_size, args.target_update, args.learning_starts) == (256, 10**6, 250, 10**4)
+    assert (args.exploration_noise, args.eval_every, args.eval_episodes) == (0.2, 5000, 10)
+    for env_id, expected in (("dmc/dog-run", (500_000, 2)), ("HalfCheetah-v5", (1_000_000, 1))):
+        filled = mst_rigl.fill_in(dataclasses.replace(args, env_id=env_id))
+        assert (filled.total_steps, filled.action_repeat) == expected
+
+
+def test_the_optimizers_of_preset_mrq_are_the_authors(authors):
+    args, meta = Args(**mst_rigl.PRESETS["preset mrq"], total_steps=20_000, buffer_size=20), authors["meta"]
+    for name, optimizer in Agent(args, OBS_DIM, ACT_DIM, CPU).optimizers.items():
+        theirs = {"encoder": "enc", "critic": "value", "actor": "policy"}[name]
+        [group] = optimizer.param_groups
+        assert type(optimizer) is torch.optim.AdamW
+        assert (group["lr"], group["weight_decay"]) == (meta[f"{theirs}_lr"], meta[f"{theirs}_wd"])
+        assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.9, 0.999), 1e-8, False)
 
 
 # ------------------------------------------------------------------------------------------------ MR.Q by the letter
@@ -323,6 +353,24 @@ def test_the_actors_loss_computes_no_gradients_of_encoder_and_critic():
     assert all(torch.equal(*pair) for pair in zip(gradients["critic"], gradients["actor"], strict=True))
     assert all(parameter.grad is None for parameter in agent.networks["encoder"].parameters())
     assert all(parameter.grad is not None for parameter in agent.networks["actor"].parameters())
+
+
+def test_all_targets_become_what_the_networks_are():
+    agent = filled_agent()
+    for module in agent.networks.values():
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+    agent.copy_targets()
+    for name, module in agent.networks.items():
+        target = agent.targets[name].state_dict()
+        assert all(torch.equal(target[key], value) for key, value in module.state_dict().items()), name
+
+
+def test_a_numpy_flag_of_an_environment_leaves_a_readable_checkpoint(tmp_path):
+    agent, row = make_agent(), (np.ones(OBS_DIM, np.float32), np.ones(ACT_DIM, np.float32))
+    agent.replay.add(*row, 1.0, row[0], np.True_, np.False_)
+    torch.save(agent.state_dict(), tmp_path / "agent.pt")
+    assert torch.load(tmp_path / "agent.pt", weights_only=True)["replay"]["terminates"] is True
 
 
 def test_targets_are_copied_first_and_then_the_encoder_is_trained_as_often():

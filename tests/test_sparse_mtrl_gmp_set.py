@@ -836,9 +836,11 @@ def test_worker_processes_change_nothing():
 @pytest.mark.parametrize("end", ["interrupted", "not finite", "finished"])
 def test_no_worker_process_outlives_main(end, tmp_path, monkeypatch):
     true_update, seen = Agent.update, []
+    options = TINY | {"learning_starts": 150, "total_steps": 300, "eval_every": 300}
+    options |= {"prune_every": 10, "num_workers": 2}
 
     def update(agent):
-        if agent.updates == 60:
+        if agent.updates == 20:
             seen.extend(multiprocessing.active_children())
             if end == "interrupted":
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -849,7 +851,7 @@ def test_no_worker_process_outlives_main(end, tmp_path, monkeypatch):
     monkeypatch.setattr(Agent, "update", update)
     errors = {"interrupted": Interrupted, "not finite": NotFiniteError}
     with pytest.raises(errors[end]) if end in errors else contextlib.nullcontext():
-        script.main(Args(**(TINY | {"num_workers": 2}), run_dir=str(tmp_path / "run")))
+        script.main(Args(**options, run_dir=str(tmp_path / "run")))
     assert len(seen) == 2 and multiprocessing.active_children() == []
 
 
@@ -1019,7 +1021,7 @@ def test_evaluate_gives_the_last_evaluation_of_the_run(finished_run, capsys):
 
 
 def test_evaluating_more_often_changes_nothing_in_training(finished_run, tmp_path):
-    options = TINY | {"eval_every": 150, "eval_episodes": 2}
+    options = TINY | {"eval_every": 300, "eval_episodes": 2}
     script.main(Args(**options, run_dir=str(tmp_path / "run")))
     often, seldom = load_checkpoint(str(tmp_path / "run"), "sparse_mtrl_gmp_set"), finished_run["checkpoint"]
     assert_same_tensors(often["agent"], seldom["agent"])
@@ -1085,10 +1087,10 @@ def test_two_opposite_tasks_are_learned_with_a_tenth_of_the_weights(arch, sparsi
         )
     options = {
         "benchmark": "reach,push",
-        "total_steps": 4400,
+        "total_steps": 2800,
         "episode_steps": 20,
         "learning_starts": 400,
-        "eval_every": 4400,
+        "eval_every": 2800,
         "eval_episodes": 20,
         "arch": arch,
         "sparsify": sparsify,
