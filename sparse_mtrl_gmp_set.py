@@ -107,7 +107,7 @@ class Args:
     """processes that step the environments; 0: this one, in turn, as fast on a small machine. Changes no result"""
     compile: bool = False
     """compile the losses with torch.compile"""
-    checkpoint_every: int = 500_000
+    checkpoint_every: int = 50_000
     """environment steps between checkpoints, at the next episode's end; 0: at the start and the end only"""
     quiet: bool = False
     """print nothing"""

@@ -454,7 +454,7 @@ def test_losses_by_the_letter():
 
 
 def test_actor_and_targets_move_at_every_second_update_only():
-    agent = make_agent(method="td3")
+    agent = make_agent(method="td3", tau=0.3)  # so large that targets that stay are seen
     nets = ("actor", "target_actor", "target_critics", "critics")
     for update in range(1, 5):
         before = {net: [p.detach().clone() for p in getattr(agent, net).parameters()] for net in nets}
@@ -462,8 +462,12 @@ def test_actor_and_targets_move_at_every_second_update_only():
         for net in nets:
             moved = [not torch.equal(a, b) for a, b in zip(before[net], getattr(agent, net).parameters(), strict=True)]
             assert all(moved) == any(moved) == (net == "critics" or update % 2 == 0), (net, update)
-    slow, fast = before["target_critics"][0], agent.critics[0][0].weight
-    assert torch.allclose(agent.target_critics[0][0].weight, 0.995 * slow + 0.005 * fast, atol=1e-7)
+    for slow, old, fast in (
+        (agent.target_actor, before["target_actor"], agent.actor),
+        (agent.target_critics, before["target_critics"], agent.critics),
+    ):
+        for mine, was, online in zip(slow.parameters(), old, fast.parameters(), strict=True):
+            torch.testing.assert_close(mine, 0.7 * was + 0.3 * online)
 
 
 def test_defaults_are_the_papers():

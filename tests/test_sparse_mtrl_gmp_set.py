@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import sparse_mtrl_gmp_set as script
 from common import envs
-from common.recorder import ArgumentError, Interrupted, NotFiniteError, Recorder, load_checkpoint
+from common.recorder import ArgumentError, Interrupted, NotFiniteError, Recorder, load_checkpoint, parse_args
 from sparse_mtrl_gmp_set import Actor, Agent, Args, Critic, MultiTaskNetwork, ReplayBuffer
 
 ROOT = Path(__file__).parent.parent
@@ -387,6 +387,8 @@ def test_redo_gives_dormant_units_a_new_start_and_leaves_the_rest(arch):
         network.layers[0].mask[0, :, 1] = False
         network.layers[0].weight[0, :, 1] = 0
         network.layers[1].bias[-1, 0, 3] = -100
+        if arch == "shared":  # whose last layer has ReLUs; its followers are the heads
+            network.layers[2].bias[0, 0, 4] = -100
     # literally
     dormant = []
     features, connected = network.features(obs), network.connected_units()
@@ -396,7 +398,8 @@ def test_redo_gives_dormant_units_a_new_start_and_leaves_the_rest(arch):
         dormant.append({i for i in units if h[:, i].abs().mean().item() <= 0.001 * mean})
     assert 0 in dormant[0] and 1 not in dormant[0] and 12 * (network.experts - 1) + 3 in dormant[1]
     before = copy.deepcopy(network)
-    old_moments = [copy.deepcopy(moments(optimizer, layer.weight)) for layer in network.layers]
+    old_moments = {name: copy.deepcopy(moments(optimizer, p)) for name, p in network.named_parameters()}
+    forgotten = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in network.named_parameters()}
     assert script.recycle(network, optimizer, obs, 0.001) == sum(map(len, dormant))
     dormant += [set()] * (len(network.layers) - len(dormant))
     for index, (layer, old) in enumerate(zip(network.layers, before.layers, strict=True)):
@@ -404,21 +407,25 @@ def test_redo_gives_dormant_units_a_new_start_and_leaves_the_rest(arch):
         for e, i, o in np.ndindex(*layer.weight.shape):
             incoming = e * 12 + o in dormant[index]
             outgoing = index > 0 and e * 12 + i in dormant[index - 1]
-            w, m = layer.weight[e, i, o], moments(optimizer, layer.weight)[0][e, i, o]
+            w = layer.weight[e, i, o]
             if outgoing or (incoming and not layer.mask[e, i, o]):
-                assert w == 0 and m == 0
+                assert w == 0
             elif incoming:
-                assert w != old.weight[e, i, o] and abs(w) <= bound and m == 0
+                assert w != old.weight[e, i, o] and abs(w) <= bound
             else:
-                assert w == old.weight[e, i, o] and m == old_moments[index][0][e, i, o]
+                assert w == old.weight[e, i, o]
+            forgotten[f"layers.{index}.weight"][e, i, o] = incoming or outgoing
         for e, o in np.ndindex(layer.bias.shape[0], 12):
-            expected = 0 if e * 12 + o in dormant[index] else old.bias[e, 0, o]
-            assert layer.bias[e, 0, o] == expected
+            forgotten[f"layers.{index}.bias"][e, 0, o] = e * 12 + o in dormant[index]
+        assert torch.equal(layer.bias, old.bias.masked_fill(forgotten[f"layers.{index}.bias"], 0))
     if arch == "shared":
-        last = sorted(dormant[2])
-        assert (network.heads.weight[:, last] == 0).all()
-        rest = [i for i in range(12) if i not in last]
-        assert torch.equal(network.heads.weight[:, rest], before.heads.weight[:, rest])
+        assert 4 in dormant[2]
+        forgotten["heads.weight"][:, sorted(dormant[2])] = True
+    assert torch.equal(network.heads.weight, before.heads.weight.masked_fill(forgotten["heads.weight"], 0))
+    for name, parameter in network.named_parameters():
+        for moment, old_moment in zip(moments(optimizer, parameter), old_moments[name], strict=True):
+            assert torch.equal(moment, old_moment.masked_fill(forgotten[name], 0)), name
+            assert not forgotten[name].any() or (old_moment[forgotten[name]] != 0).any(), name
 
 
 def test_redo_and_reset_come_when_they_should():
@@ -429,7 +436,9 @@ def test_redo_and_reset_come_when_they_should():
         if "method/resets" in report:
             changed.append(update)
             assert weight.abs().max() <= 1e-3 and not torch.equal(weight, previous)
-            assert all((m == 0).all() for m in moments(agent.actor_optimizer, agent.actor.heads.weight))
+            for _, network, optimizer in agent.networks():
+                for parameter in network.heads.parameters():
+                    assert all((moment == 0).all() for moment in moments(optimizer, parameter))
             for critic, target in zip(agent.critics, agent.targets, strict=True):
                 assert critic.heads.weight.abs().max() <= 3e-3
                 assert torch.equal(critic.heads.weight, target.heads.weight)
@@ -497,8 +506,8 @@ def test_losses_are_multi_task_sacs():
         assert mean_log_prob[task].item() == pytest.approx(log_prob[task].mean().item(), rel=1e-4)
 
 
-def test_update_moves_every_network_and_each_temperature_by_its_own_task(monkeypatch):
-    agent = make_agent()
+def test_update_moves_every_network_and_each_temperature_by_its_own_task():
+    agent = make_agent(tau=0.3)  # so large that targets that stay are seen
     true_loss = agent.actor_loss
     log_prob = torch.tensor([9.0, 4.0, -9.0])  # entropy below, at and above its target -4
     agent.actor_loss = lambda *inputs: (true_loss(*inputs)[0], log_prob)
@@ -601,6 +610,8 @@ def test_plasticity_metrics_against_literal_versions(arch, monkeypatch):
     mean, log_std = agent.actor.distribution(batch["obs"])
     u = (mean + log_std.exp() * torch.randn_like(mean)).detach()
     losses, _ = script.actor_loss(agent.actor, agent.critics, agent.log_alpha, batch["obs"])
+    learners = (agent.actor, agent.critics, agent.targets, agent.log_alpha)
+    q_losses, _ = script.critic_loss(*learners, batch, agent.args.gamma, agent.args.max_q)
 
     q_input = torch.cat([batch["obs"], batch["action"]], -1)
     for name, networks, inputs in (("actor", [agent.actor], batch["obs"]), ("critic", agent.critics, q_input)):
@@ -631,13 +642,14 @@ def test_plasticity_metrics_against_literal_versions(arch, monkeypatch):
         assert seen == pytest.approx(expected, rel=1e-3)
 
     # mean pairwise cosine of the tasks' gradients in the trunk
-    rows = []
-    for task in range(3):
-        agent.actor.zero_grad()
-        losses[task].backward(retain_graph=True)
-        rows.append(torch.cat([(layer.weight.grad * layer.mask).flatten() for layer in agent.actor.layers]))
-    pairs = [F.cosine_similarity(rows[i], rows[j], dim=0).item() for i, j in ((0, 1), (0, 2), (1, 2))]
-    assert scalars["plasticity/actor/gradient_cosine"].item() == pytest.approx(np.mean(pairs), abs=1e-4)
+    for name, network, task_losses in (("actor", agent.actor, losses), ("critic", agent.critics[0], q_losses)):
+        rows = []
+        for task in range(3):
+            network.zero_grad()
+            task_losses[task].backward(retain_graph=True)
+            rows.append(torch.cat([(layer.weight.grad * layer.mask).flatten() for layer in network.layers]))
+        pairs = [F.cosine_similarity(rows[i], rows[j], dim=0).item() for i, j in ((0, 1), (0, 2), (1, 2))]
+        assert scalars[f"plasticity/{name}/gradient_cosine"].item() == pytest.approx(np.mean(pairs), abs=1e-4)
 
     # Fisher trace, a sample at a time
     total = 0.0
@@ -753,7 +765,7 @@ def test_stopped_and_killed_at_random_moments_and_resumed_it_is_the_same_run(fin
         written = checkpoint.stat().st_mtime_ns
         run = start("--resume", str(run_dir), *words, start_new_session=True)
         wait_for(lambda: checkpoint.stat().st_mtime_ns > written, run)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.3))
         return run
 
     run = start(**TINY, run_dir=run_dir, num_workers=2, start_new_session=True)
@@ -766,6 +778,7 @@ def test_stopped_and_killed_at_random_moments_and_resumed_it_is_the_same_run(fin
         run = resume_and_wait(*next_words)
     os.killpg(run.pid, signal.SIGKILL)
     run.communicate(timeout=120)
+    assert run.returncode == -signal.SIGKILL
     run = start("--resume", str(run_dir))
     _, err = run.communicate(timeout=600)
     assert run.returncode == 0, err
@@ -880,7 +893,8 @@ def test_checkpoints_come_as_often_as_asked_also_by_a_resume(tmp_path, monkeypat
 
 
 def test_other_options_run_to_their_end(tmp_path, monkeypatch):
-    """compile (recorded, not done), layernorm, and a piece of an episode at the end, which is no episode in the log."""
+    """compile (recorded, not done), layernorm, a piece of an episode at the end, which is no episode in the log; the
+    names in the log."""
     compiled, scalars, true_log = [], [], Recorder.log
 
     def log(recorder, step, values):
@@ -889,11 +903,39 @@ def test_other_options_run_to_their_end(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
     monkeypatch.setattr(Recorder, "log", log)
+    monkeypatch.setattr(script, "LOG_EVERY", 100)
     options = TINY | {"compile": True, "intervention": "layernorm", "total_steps": 960}
     results = script.main(Args(**options, run_dir=str(tmp_path / "run")))
     assert compiled == [script.critic_loss, script.actor_loss] and results["global_step"] == 960
     ends = [step for step, *names in scalars if "charts/episodic_return" in names]
     assert ends == [150, 300, 450, 600, 750, 900]
+    names = {name for _, *names in scalars for name in names}
+    losses = {f"losses/{name}" for name in ("critic", "actor", "q", "entropy", "alpha")}
+    assert losses | {"charts/SPS", "charts/episodic_success", "eval/mean_success"} <= names
+
+
+def test_mt10_with_moore_and_gmp_trains_stops_resumes_and_evaluates(tmp_path, monkeypatch, capsys):
+    true_update, run_dir = Agent.update, str(tmp_path / "run")
+    command = ["--benchmark", "mt10", "--arch", "moore", "--sparsify", "gmp", "--run-dir", run_dir]
+    small = {"total_steps": 400, "episode_steps": 10, "learning_starts": 100, "prune_every": 2, "eval_every": 400}
+    small |= {"eval_episodes": 1, "width": 12, "depth": 2, "batch_per_task": 8, "quiet": True}
+
+    def update(agent):
+        if agent.updates == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_update(agent)
+
+    monkeypatch.setattr(Agent, "update", update)
+    with pytest.raises(Interrupted, match=f"--resume {run_dir}"):
+        script.main(parse_args(Args, {}, [*command, *command_line(**small)]))
+    results = script.main(parse_args(Args, {}, ["--resume", run_dir]))
+    assert [task["name"] for task in results["tasks"]] == envs.task_sequence("mt10")
+    assert results["metrics"]["updates"] == 30
+    assert results["metrics"]["sparsity/actor/density"] == pytest.approx(0.05, abs=2e-3)
+    capsys.readouterr()
+    seen = script.main(parse_args(Args, {}, ["--evaluate", run_dir, "--episodes", "1"]))
+    assert [seen[i]["episode_return"] for i in range(10)] == [task["final_return"] for task in results["tasks"]]
+    assert capsys.readouterr().out.count("-v3") == 10
 
 
 @pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no EGL library here")
@@ -1028,21 +1070,27 @@ def test_evaluating_more_often_changes_nothing_in_training(finished_run, tmp_pat
     assert_same_tensors(often["random"], seldom["random"])
 
 
-def test_a_loss_that_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["loss", "weight"])
+def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(what, tmp_path, monkeypatch, capsys):
     true_update = Agent.update
 
     def update(agent):
         losses = true_update(agent)
         if agent.updates == 60:
-            agent.log_alpha.data[1] = math.nan
+            if what == "loss":
+                losses["q"] = torch.tensor(math.nan)
+            else:
+                agent.log_alpha.data[1] = math.nan
         return losses
 
     monkeypatch.setattr(Agent, "update", update)
+    monkeypatch.setattr(script, "LOG_EVERY", 10 if what == "loss" else 10_000)
     monkeypatch.setattr("sys.argv", ["sparse_mtrl_gmp_set.py", *command_line(**TINY, run_dir=tmp_path / "run")])
     with pytest.raises(SystemExit) as leaving:
         script.run(script.main, Args)
     err = capsys.readouterr().err
-    assert leaving.value.code == 1 and "is not finite at step" in err and err.count("\n") == 1
+    expected = r"losses/q is not finite at step 480" if what == "loss" else "is not finite at step"
+    assert leaving.value.code == 1 and re.search(expected, err) and err.count("\n") == 1, err
     checkpoint = load_checkpoint(str(tmp_path / "run"), "sparse_mtrl_gmp_set")
     assert checkpoint["agent"]["log_alpha"].isfinite().all() and checkpoint["agent"]["updates"] <= 60
 
