@@ -579,7 +579,7 @@ class Agent:
     PLAIN = ("updates", "resets", "recycled", "grad_norms")
 
     def __init__(self, args: Args, tasks: int, obs_dim: int, act_dim: int, device: torch.device):
-        self.args, self.tasks, self.act_dim, self.device = args, tasks, act_dim, device
+        self.args, self.tasks, self.obs_dim, self.act_dim, self.device = args, tasks, obs_dim, act_dim, device
         sizes = (tasks, obs_dim, act_dim)
         self.actor = Actor(args, *sizes).to(device)
         self.critics = nn.ModuleList(Critic(args, *sizes) for _ in range(2)).to(device)
@@ -675,13 +675,16 @@ class Agent:
         return report
 
     def densities(self) -> dict[str, float]:
-        """Share of connections that exist, per network and per layer of its trunk."""
+        """Share of connections that exist, per network, per layer of its trunk, and from the action into a critic."""
         scalars = {}
         for name, network, _ in self.networks():
             counts = [(int(layer.mask.sum()), layer.mask.numel()) for layer in network.layers]
             active, sizes = map(sum, zip(*counts, strict=True))
             scalars[f"sparsity/{name}/density"] = active / sizes
             scalars |= {f"sparsity/{name}/layer{i}": n / size for i, (n, size) in enumerate(counts, start=1)}
+            if network is not self.actor:
+                action_rows = slice(self.obs_dim, self.obs_dim + self.act_dim)
+                scalars[f"sparsity/{name}/action"] = network.layers[0].mask[:, action_rows].float().mean().item()
         return scalars
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -998,8 +1001,12 @@ def main(args: Args) -> dict:
         mean_success = float(np.mean([result["success"] for result in results]))
         at["plasticity"] = {name: float(value) for name, value in agent.plasticity().items()}
         recorder.log(at["step"], {"eval/mean_success": mean_success} | at["plasticity"])
+        densities = agent.densities()
         if args.sparsify != "gmp":  # which logs them when it prunes
-            recorder.log(at["step"], agent.densities())
+            recorder.log(at["step"], densities)
+        blind = [name for name in ("critic1", "critic2") if densities[f"sparsity/{name}/action"] == 0]
+        if blind:  # the actor has nothing left to learn from
+            recorder.say(f"warning: no connection from the action into {' and '.join(blind)} is left")
         following = (at["step"] // args.eval_every + 1) * args.eval_every
         at["next_eval"] = min(following, total_steps) if at["step"] < total_steps else math.inf
         successes = "  ".join(f"{task} {result['success']:.2f}" for task, result in zip(tasks, results, strict=True))

@@ -270,6 +270,22 @@ def test_gmp_keeps_the_cubic_in_training_and_pruned_weights_and_moments_stay_zer
     assert agent.densities()["sparsity/actor/density"] == pytest.approx(0.05, abs=1e-3)
 
 
+@pytest.mark.parametrize("arch", ["shared", "moore"])
+def test_a_critic_that_lost_its_actions_shows_in_the_densities(arch):
+    agent = make_agent(arch=arch)
+    critic = agent.critics[1]
+    mask = critic.layers[0].mask.clone()
+    mask[:, OBS_DIM : OBS_DIM + ACT_DIM - 1] = False
+    script.apply_mask(critic.layers[0], mask, agent.q_optimizer)
+    density = agent.densities()
+    assert (density["sparsity/critic1/action"], density["sparsity/critic2/action"]) == (1, 1 / ACT_DIM)
+    mask[:, OBS_DIM : OBS_DIM + ACT_DIM] = False
+    script.apply_mask(critic.layers[0], mask, agent.q_optimizer)
+    assert agent.densities()["sparsity/critic2/action"] == 0
+    batch = agent.replay.sample(4)
+    assert torch.equal(critic.q(batch["obs"], batch["action"]), critic.q(batch["obs"], -batch["action"]))
+
+
 def test_only_the_asked_networks_are_pruned_and_never_heads_biases_or_the_mixing():
     agent = make_agent(sparsify_critic=False)
     for _ in train(agent, 200):
@@ -892,9 +908,9 @@ def test_checkpoints_come_as_often_as_asked_also_by_a_resume(tmp_path, monkeypat
     assert saved == [900]
 
 
-def test_other_options_run_to_their_end(tmp_path, monkeypatch):
+def test_other_options_run_to_their_end(tmp_path, monkeypatch, capsys):
     """compile (recorded, not done), layernorm, a piece of an episode at the end, which is no episode in the log; the
-    names in the log."""
+    names in the log; critics that pruning cut from their actions."""
     compiled, scalars, true_log = [], [], Recorder.log
 
     def log(recorder, step, values):
@@ -905,6 +921,7 @@ def test_other_options_run_to_their_end(tmp_path, monkeypatch):
     monkeypatch.setattr(Recorder, "log", log)
     monkeypatch.setattr(script, "LOG_EVERY", 100)
     options = TINY | {"compile": True, "intervention": "layernorm", "total_steps": 960}
+    options |= {"sparsity": 0.999, "quiet": False}
     results = script.main(Args(**options, run_dir=str(tmp_path / "run")))
     assert compiled == [script.critic_loss, script.actor_loss] and results["global_step"] == 960
     ends = [step for step, *names in scalars if "charts/episodic_return" in names]
@@ -912,6 +929,7 @@ def test_other_options_run_to_their_end(tmp_path, monkeypatch):
     names = {name for _, *names in scalars for name in names}
     losses = {f"losses/{name}" for name in ("critic", "actor", "q", "entropy", "alpha")}
     assert losses | {"charts/SPS", "charts/episodic_success", "eval/mean_success"} <= names
+    assert "warning: no connection from the action into critic1 and critic2 is left" in capsys.readouterr().out
 
 
 def test_mt10_with_moore_and_gmp_trains_stops_resumes_and_evaluates(tmp_path, monkeypatch, capsys):
