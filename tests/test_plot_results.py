@@ -168,6 +168,13 @@ def test_groups_are_named_by_their_arguments(two_groups):
     assert plot_results.read_run(two_groups[4], ("method", "beta"))[1]["group"] == "finetune, beta=0.3"
 
 
+def test_groups_can_be_given_names_in_their_order(two_groups, tmp_path):
+    printed = run_main(tmp_path, runs=tuple(two_groups), name="x", group_by=("method",), labels=("first", "second"))
+    assert printed.startswith("| metric | first (4 seeds) | second (2 seeds) |")
+    assert run_main(tmp_path, from_results="x") == printed
+    assert "| 1st (4 seeds) | 2nd (2" in run_main(tmp_path, from_results="x", labels=("1st", "2nd"))
+
+
 def test_a_task_that_comes_twice_is_two_tasks(tmp_path):
     rows = [(100, 0, 0, "push", 1.0, 0.5), (200, 1, 0, "push", 1.0, 0.6), (200, 1, 1, "push", 1.0, 0.7)]
     evaluations, run = plot_results.read_run(make_run(tmp_path / "a", rows), ())
@@ -217,6 +224,8 @@ def test_what_cannot_be_shown_is_an_error(two_groups, tmp_path):
         ({"runs": runs, "name": "x", "group_by": ("metod",)}, "no such argument"),
         ({"runs": (*runs, unfinished), "name": "x", "group_by": ("method",)}, "results.json is missing"),
         ({"runs": runs, "name": "x", "group_by": ("method",), "metrics": ("nothing",)}, "--metrics nothing"),
+        ({"runs": runs, "name": "x", "group_by": ("method",), "labels": ("one",)}, "--labels one: .*ssde; finetune"),
+        ({"runs": runs, "name": "x", "group_by": ("method",), "labels": ("one", "one")}, "--labels one one"),
         ({"from_results": "nowhere"}, "nowhere.csv is missing"),
         ({"runs": runs}, "give either"),
         ({}, "give either"),

@@ -46,6 +46,8 @@ class Args:
     """redraw the files of this name from their csv files instead of reading run folders"""
     group_by: tuple[str, ...] = ()
     """arguments of the scripts whose values tell the groups apart, e.g. `method`; without any, the script does"""
+    labels: tuple[str, ...] = ()
+    """what to call the groups, in the order in which the run folders bring them; by default their arguments"""
     metrics: tuple[str, ...] = ()
     """metrics to show, in this order; all by default. The figure has bars for the first four"""
     reps: int = 2000
@@ -112,6 +114,15 @@ def collect(run_dirs: tuple[Path, ...], group_by: tuple[str, ...]) -> tuple[pd.D
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
+
+
+def rename_groups(frames: list[pd.DataFrame], labels: tuple[str, ...]) -> None:
+    """Give the groups other names, in place. Raises ValueError unless there is one for each and no two are alike."""
+    groups = list(dict.fromkeys(frames[0]["group"]))
+    if len(labels) != len(groups) or len(set(labels)) < len(labels):
+        raise ValueError(f"--labels {' '.join(labels)}: must be a name for each of the groups {'; '.join(groups)}")
+    for frame in frames:
+        frame["group"] = frame["group"].map(dict(zip(groups, labels, strict=True)))
 
 
 def measure_of(evaluations: pd.DataFrame) -> str:
@@ -343,6 +354,8 @@ def main(args: Args) -> str:
             if not path.is_file():
                 raise ValueError(f"--from-results {name}: {path} is missing")
         evaluations, final = pd.read_csv(evaluations_csv), pd.read_csv(final_csv)
+    if args.labels:
+        rename_groups([evaluations, final], args.labels)
     table = select(aggregate(scores(evaluations, final), args.reps), args.metrics)
     if args.runs:
         args.results_dir.mkdir(parents=True, exist_ok=True)
