@@ -1,7 +1,10 @@
 """What tests share: the process's settings in every test, and the logged metrics by their literal definitions."""
 
+import copy
+import functools
 import math
 
+import mujoco
 import pytest
 import torch
 
@@ -15,6 +18,18 @@ def process_settings():
     torch.set_num_threads(1)
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_models():
+    """MuJoCo compiles an XML file once; every environment gets a copy of the model, which is fifteen times faster.
+
+    The subprocesses of the tests compile as users do, and end with the same bytes.
+    """
+    compiled = functools.cache(mujoco.MjModel.from_xml_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mujoco.MjModel, "from_xml_path", staticmethod(lambda path: copy.copy(compiled(path))))
+        yield
 
 
 @pytest.fixture

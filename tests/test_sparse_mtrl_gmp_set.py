@@ -31,7 +31,7 @@ from sparse_mtrl_gmp_set import Actor, Agent, Args, Critic, MultiTaskNetwork, Re
 
 ROOT = Path(__file__).parent.parent
 OBS_DIM, ACT_DIM, CPU = 39, 4, torch.device("cpu")
-# Three real tasks in seconds: four prunings, two evaluations.
+# Three real tasks in seconds: four prunings, two evaluations. SHORT is half of it.
 TINY = {
     "benchmark": "reach,drawer-close,push",
     "total_steps": 900,
@@ -681,11 +681,21 @@ def test_plasticity_metrics_against_literal_versions(arch, monkeypatch):
 
 # --------------------------------------------------------------------------------------------- whole runs, real tasks
 
+SHORT = TINY | {
+    "total_steps": 450,
+    "episode_steps": 25,
+    "learning_starts": 150,
+    "eval_every": 225,
+    "prune_every": 25,
+    "evolve_every": 25,
+    "checkpoint_every": 75,
+}
+
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("gmp") / "run"
-    results = script.main(Args(**TINY, run_dir=str(run_dir)))
+    results = script.main(Args(**SHORT, run_dir=str(run_dir)))
     return {"run_dir": run_dir, "results": results, "checkpoint": load_checkpoint(str(run_dir), "sparse_mtrl_gmp_set")}
 
 
@@ -739,19 +749,19 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 def test_the_command_leaves_every_file_and_ends_with_a_table(finished_run, tmp_path):
-    run = start(**(TINY | {"run_dir": tmp_path / "run", "quiet": False}))
+    run = start(**(SHORT | {"run_dir": tmp_path / "run", "quiet": False}))
     out, err = run.communicate(timeout=600)
     assert run.returncode == 0, err
     assert "final_success" in out and "mean success" in out and str(tmp_path / "run") in out
     assert (tmp_path / "run" / "summary.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["script"] == "sparse_mtrl_gmp_set" and results["global_step"] == 900 and len(results["tasks"]) == 3
+    assert results["script"] == "sparse_mtrl_gmp_set" and results["global_step"] == 450 and len(results["tasks"]) == 3
     report = results["metrics"]
-    assert report["updates"] == 200 and report["sparsity/actor/density"] == pytest.approx(0.05, abs=1e-3)
+    assert report["updates"] == 100 and report["sparsity/actor/density"] == pytest.approx(0.05, abs=1e-3)
     assert report["final_success"] == pytest.approx(np.mean([task["final_success"] for task in results["tasks"]]))
     with open(tmp_path / "run" / "evaluations.csv", newline="") as file:
         rows = [(int(r["global_step"]), int(r["phase"]), int(r["task_index"])) for r in csv.DictReader(file)]
-    assert rows == [(step, 0, task) for step in (450, 900) for task in range(3)]
+    assert rows == [(step, 0, task) for step in (225, 450) for task in range(3)]
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     # a subprocess and a call of main are the same run
     assert_same_run(tmp_path / "run", finished_run["run_dir"])
@@ -759,14 +769,14 @@ def test_the_command_leaves_every_file_and_ends_with_a_table(finished_run, tmp_p
 
 def test_warm_up_updates_and_pruning_come_at_their_steps(finished_run):
     checkpoint = finished_run["checkpoint"]
-    assert checkpoint["agent"]["updates"] == 200 and checkpoint["agent"]["replay"]["added"] == 300
+    assert checkpoint["agent"]["updates"] == 100 and checkpoint["agent"]["replay"]["added"] == 150
     density = checkpoint["record"]["curves"]["density"]["actor"]
-    expected = {step: 1 - literal_cubic(update, 10, 160, 0.95) for step, update in ((450, 50), (600, 100), (750, 150))}
-    assert [step for step, _ in density] == [450, 600, 750, 900]  # one point each, also where an evaluation coincides
+    expected = {step: 1 - literal_cubic(update, 5, 80, 0.95) for step, update in ((225, 25), (300, 50), (375, 75))}
+    assert [step for step, _ in density] == [225, 300, 375, 450]  # one point each, also where an evaluation coincides
     seen = dict(density)
     for step, value in expected.items():
         assert seen[step] == pytest.approx(value, abs=2e-3)
-    warm_up = checkpoint["agent"]["replay"]["data"]["action"][:, :100]
+    warm_up = checkpoint["agent"]["replay"]["data"]["action"][:, :50]
     assert warm_up.min() < -0.95 and warm_up.max() > 0.95 and abs(warm_up.mean()) < 0.1
 
 
@@ -781,10 +791,10 @@ def test_stopped_and_killed_at_random_moments_and_resumed_it_is_the_same_run(fin
         written = checkpoint.stat().st_mtime_ns
         run = start("--resume", str(run_dir), *words, start_new_session=True)
         wait_for(lambda: checkpoint.stat().st_mtime_ns > written, run)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.2))
         return run
 
-    run = start(**TINY, run_dir=run_dir, num_workers=2, start_new_session=True)
+    run = start(**SHORT, run_dir=run_dir, num_workers=2, start_new_session=True)
     wait_for(config.exists, run)
     time.sleep(1)
     for next_words in ((), ("--num-workers", "0")):
@@ -795,29 +805,27 @@ def test_stopped_and_killed_at_random_moments_and_resumed_it_is_the_same_run(fin
     os.killpg(run.pid, signal.SIGKILL)
     run.communicate(timeout=120)
     assert run.returncode == -signal.SIGKILL
-    run = start("--resume", str(run_dir))
-    _, err = run.communicate(timeout=600)
-    assert run.returncode == 0, err
+    script.main(Args(**SHORT, run_dir=str(run_dir), resume=str(run_dir)))
     assert_same_run(run_dir, finished_run["run_dir"])
 
 
 @pytest.mark.parametrize(
     ("sparsify", "changes"),
     [
-        ("gmp", {"intervention": "redo", "redo_every": 60}),
-        ("set", {"intervention": "reset", "reset_every": 60, "arch": "shared"}),
+        ("gmp", {"intervention": "redo", "redo_every": 30}),
+        ("set", {"intervention": "reset", "reset_every": 30, "arch": "shared"}),
     ],
 )
 def test_stopped_in_training_or_evaluation_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, sparsify, changes):
     """A signal in the middle of an episode, with moments and masks, then one in the middle of an evaluation."""
-    whole, options = tmp_path / "whole", TINY | {"sparsify": sparsify} | changes
+    whole, options = tmp_path / "whole", SHORT | {"sparsify": sparsify} | changes
     script.main(Args(**options, run_dir=str(whole)))
     run_dir, calls = tmp_path / "run", {"update": 0, "evaluate": 0}
     true_update, true_evaluate = Agent.update, script.evaluate_task
 
     def update(agent):
         calls["update"] += 1
-        if calls["update"] == 70:
+        if calls["update"] == 35:
             os.kill(os.getpid(), signal.SIGTERM)
         return true_update(agent)
 
@@ -865,7 +873,7 @@ def test_worker_processes_change_nothing():
 @pytest.mark.parametrize("end", ["interrupted", "not finite", "finished"])
 def test_no_worker_process_outlives_main(end, tmp_path, monkeypatch):
     true_update, seen = Agent.update, []
-    options = TINY | {"learning_starts": 150, "total_steps": 300, "eval_every": 300}
+    options = SHORT | {"learning_starts": 75, "total_steps": 225}
     options |= {"prune_every": 10, "num_workers": 2}
 
     def update(agent):
@@ -895,17 +903,17 @@ def test_checkpoints_come_as_often_as_asked_also_by_a_resume(tmp_path, monkeypat
         true_save(recorder, step, state)
 
     monkeypatch.setattr(Recorder, "save", save)
-    options, run_dir, stop_at = TINY | {"eval_every": 900}, str(tmp_path / "run"), 300
+    options, run_dir, stop_at = SHORT | {"eval_every": 450}, str(tmp_path / "run"), 150
     with pytest.raises(Interrupted):
         script.main(Args(**options, run_dir=run_dir))
-    assert saved == [0, 150, 300, 450]
-    saved, stop_at = [], 750
+    assert saved == [0, 75, 150, 225]
+    saved, stop_at = [], 375
     with pytest.raises(Interrupted):
-        script.main(Args(**(options | {"checkpoint_every": 300}), run_dir=run_dir, resume=run_dir))
-    assert saved == [750, 900]
+        script.main(Args(**(options | {"checkpoint_every": 150}), run_dir=run_dir, resume=run_dir))
+    assert saved == [375, 450]
     saved, stop_at = [], None
     script.main(Args(**(options | {"checkpoint_every": 0}), run_dir=run_dir, resume=run_dir))
-    assert saved == [900]
+    assert saved == [450]
 
 
 def test_other_options_run_to_their_end(tmp_path, monkeypatch, capsys):
@@ -919,13 +927,13 @@ def test_other_options_run_to_their_end(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
     monkeypatch.setattr(Recorder, "log", log)
-    monkeypatch.setattr(script, "LOG_EVERY", 100)
-    options = TINY | {"compile": True, "intervention": "layernorm", "total_steps": 960}
+    monkeypatch.setattr(script, "LOG_EVERY", 50)
+    options = SHORT | {"compile": True, "intervention": "layernorm", "total_steps": 480}
     options |= {"sparsity": 0.999, "quiet": False}
     results = script.main(Args(**options, run_dir=str(tmp_path / "run")))
-    assert compiled == [script.critic_loss, script.actor_loss] and results["global_step"] == 960
+    assert compiled == [script.critic_loss, script.actor_loss] and results["global_step"] == 480
     ends = [step for step, *names in scalars if "charts/episodic_return" in names]
-    assert ends == [150, 300, 450, 600, 750, 900]
+    assert ends == [75, 150, 225, 300, 375, 450]
     names = {name for _, *names in scalars for name in names}
     losses = {f"losses/{name}" for name in ("critic", "actor", "q", "entropy", "alpha")}
     assert losses | {"charts/SPS", "charts/episodic_success", "eval/mean_success"} <= names
@@ -960,7 +968,7 @@ def test_mt10_with_moore_and_gmp_trains_stops_resumes_and_evaluates(tmp_path, mo
 def test_capture_video_records_an_episode_of_each_task(tmp_path):
     options = {"benchmark": "reach,push", "total_steps": 32, "episode_steps": 4, "learning_starts": 16}
     options |= {"prune_every": 2, "eval_every": 32, "capture_video": True}
-    script.main(Args(**(TINY | options), run_dir=str(tmp_path / "run")))
+    script.main(Args(**(SHORT | options), run_dir=str(tmp_path / "run")))
     script.main(Args(evaluate=str(tmp_path / "run"), episodes=1, capture_video=True, quiet=True))
     for folder in ("step-32", "evaluate"):
         for task in ("reach-v3", "push-v3"):
@@ -1025,7 +1033,7 @@ def test_bad_resumes_give_one_line_and_exit_2(finished_run, monkeypatch, capsys,
     run_dir = shutil.copytree(finished_run["run_dir"], tmp_path / "run")
     (run_dir / "results.json").unlink()
     words = ["--resume", str(run_dir)]
-    for flag, value, stored in (("--total-steps", "1200", "900"), ("--sparsity", "0.5", r"0\.95")):
+    for flag, value, stored in (("--total-steps", "1200", "450"), ("--sparsity", "0.5", r"0\.95")):
         assert_refused([*words, flag, value], rf"{flag} .*contradicts.*{stored}", monkeypatch, capsys, tmp_path)
     assert_refused(["--run-dir", str(run_dir)], r"holds a run already.*--resume", monkeypatch, capsys, tmp_path)
     checkpoint = run_dir / "checkpoint.pt"
@@ -1052,14 +1060,14 @@ def test_help_names_every_argument():
 def test_a_run_killed_before_its_results_were_written_ends_on_resume(finished_run, tmp_path):
     run_dir = shutil.copytree(finished_run["run_dir"], tmp_path / "run")
     (run_dir / "results.json").unlink()
-    script.main(Args(**TINY, run_dir=str(finished_run["run_dir"]), resume=str(run_dir)))
+    script.main(Args(**SHORT, run_dir=str(finished_run["run_dir"]), resume=str(run_dir)))
     assert_same_run(run_dir, finished_run["run_dir"])
 
 
 def test_resuming_a_finished_run_returns_its_result(finished_run):
     run_dir = str(finished_run["run_dir"])
     before = (finished_run["run_dir"] / "checkpoint.pt").read_bytes()
-    assert script.main(Args(**TINY, run_dir=run_dir, resume=run_dir)) == finished_run["results"]
+    assert script.main(Args(**SHORT, run_dir=run_dir, resume=run_dir)) == finished_run["results"]
     assert (finished_run["run_dir"] / "checkpoint.pt").read_bytes() == before
 
 
@@ -1081,7 +1089,7 @@ def test_evaluate_gives_the_last_evaluation_of_the_run(finished_run, capsys):
 
 
 def test_evaluating_more_often_changes_nothing_in_training(finished_run, tmp_path):
-    options = TINY | {"eval_every": 300, "eval_episodes": 2}
+    options = SHORT | {"eval_every": 150, "eval_episodes": 2}
     script.main(Args(**options, run_dir=str(tmp_path / "run")))
     often, seldom = load_checkpoint(str(tmp_path / "run"), "sparse_mtrl_gmp_set"), finished_run["checkpoint"]
     assert_same_tensors(often["agent"], seldom["agent"])
@@ -1094,7 +1102,7 @@ def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(what
 
     def update(agent):
         losses = true_update(agent)
-        if agent.updates == 60:
+        if agent.updates == 30:
             if what == "loss":
                 losses["q"] = torch.tensor(math.nan)
             else:
@@ -1103,14 +1111,14 @@ def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(what
 
     monkeypatch.setattr(Agent, "update", update)
     monkeypatch.setattr(script, "LOG_EVERY", 10 if what == "loss" else 10_000)
-    monkeypatch.setattr("sys.argv", ["sparse_mtrl_gmp_set.py", *command_line(**TINY, run_dir=tmp_path / "run")])
+    monkeypatch.setattr("sys.argv", ["sparse_mtrl_gmp_set.py", *command_line(**SHORT, run_dir=tmp_path / "run")])
     with pytest.raises(SystemExit) as leaving:
         script.run(script.main, Args)
     err = capsys.readouterr().err
-    expected = r"losses/q is not finite at step 480" if what == "loss" else "is not finite at step"
+    expected = r"losses/q is not finite at step 240" if what == "loss" else "is not finite at step"
     assert leaving.value.code == 1 and re.search(expected, err) and err.count("\n") == 1, err
     checkpoint = load_checkpoint(str(tmp_path / "run"), "sparse_mtrl_gmp_set")
-    assert checkpoint["agent"]["log_alpha"].isfinite().all() and checkpoint["agent"]["updates"] <= 60
+    assert checkpoint["agent"]["log_alpha"].isfinite().all() and checkpoint["agent"]["updates"] <= 30
 
 
 # --------------------------------------------------------------------------------------------------------- learning
