@@ -108,7 +108,7 @@ class Args:
     compile: bool = False
     """compile the losses with torch.compile"""
     checkpoint_every: int = 50_000
-    """environment steps between checkpoints, at the next episode's end; 0: at the start and the end only"""
+    """environment steps between checkpoints, at an episode's end; 0: at the start, the end and on a signal only"""
     quiet: bool = False
     """print nothing"""
     track: bool = False

@@ -22,7 +22,7 @@ def process_settings():
 
 @pytest.fixture(autouse=True, scope="session")
 def compiled_models():
-    """MuJoCo compiles an XML file once; every environment gets a copy of the model, which is fifteen times faster.
+    """MuJoCo compiles an XML file once; every environment gets a copy of the model, which takes no time.
 
     The subprocesses of the tests compile as users do, and end with the same bytes.
     """
