@@ -12,9 +12,11 @@ Whoever copies a method into another project replaces these five calls by their 
 `run` and `parse_args` are the command line: presets, `--resume`, errors of one line, exit codes.
 """
 
+import contextlib
 import csv
 import dataclasses
 import importlib.metadata
+import io
 import itertools
 import json
 import os
@@ -61,7 +63,7 @@ class Interrupted(Exception):
 
 
 def parse_args(cls: type, presets: dict[str, dict] | None = None, argv: list[str] | None = None):
-    """Parse `argv` into the dataclass `cls` with tyro.
+    """Parse `argv` into the dataclass `cls` with tyro. Raises ArgumentError for what cannot be parsed.
 
     A preset (`presets["quick"]` for `--quick`, `presets["preset mrq"]` for `--preset mrq`) or the stored arguments of
     `--resume RUN_DIR` become the defaults, so whatever else is typed wins over a preset and is compared with a stored
@@ -75,7 +77,22 @@ def parse_args(cls: type, presets: dict[str, dict] | None = None, argv: list[str
     for i, word in enumerate(argv):
         if word.startswith("--resume=") or (word == "--resume" and i + 1 < len(argv)):
             defaults = stored_args(word.partition("=")[2] or argv[i + 1], cls)
-    return tyro.cli(cls, default=cls(**defaults), args=argv)
+    framed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(framed):
+            return tyro.cli(cls, default=cls(**defaults), args=argv)
+    except SystemExit as leaving:
+        if not leaving.code:  # --help
+            raise
+        raise ArgumentError(one_line(framed.getvalue())) from None
+
+
+def one_line(framed: str) -> str:
+    """A message of tyro without its frame: the paragraphs between the rulers, but not the last, the hint at --help."""
+    lines = [line.strip("│ ") for line in framed.splitlines() if not line.startswith(("╭", "╰"))]
+    groups = itertools.groupby(lines, lambda line: line.strip("─-") == "")  # -: where the terminal has ASCII only
+    paragraphs = [" ".join(group) for ruler, group in groups if not ruler]
+    return "; ".join(paragraphs[:-1]) or " ".join(framed.split())
 
 
 def stored_args(run_dir: str, cls: type) -> dict:

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,6 +135,38 @@ def test_command_line_presets_and_stored_arguments_are_defaults(tmp_path):
         assert (args.seed, args.lr, args.resume) == (5, 0.3, str(tmp_path / "run"))
     with pytest.raises(ArgumentError, match="no readable run"):
         parse(Args, presets, ["--resume", str(tmp_path / "nothing")])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--seed", "abc"], "Error parsing --seed: invalid literal for int() with base 10: 'abc'"),
+        (["--seed"], "Missing value for argument '--seed'"),
+        (["--sed", "3"], "Unrecognized options: --sed, 3; Perhaps you meant: --seed INT"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_words_that_cannot_be_parsed_give_one_line_and_exit_2(words, expected, encoding, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(type(sys.stdout), "encoding", encoding, raising=False)
+    monkeypatch.setattr("sys.argv", ["script.py", *words])
+    with pytest.raises(SystemExit) as leaving:
+        rec.run(lambda args: None, Args)
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 2 and out == ""
+    assert re.fullmatch(rf"error: .*{re.escape(expected)}.*\n", err) and not re.search("[─│]|---|--help", err)
+
+
+def test_a_message_without_the_frame_we_know_is_shown_whole():
+    assert rec.one_line("error:\n  a bad word\n") == "error: a bad word"
+
+
+def test_help_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit) as leaving:
+        rec.run(lambda args: None, Args)
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 0 and "--wandb-project" in out and err == ""
 
 
 def test_another_scripts_run_is_refused(tmp_path):
