@@ -20,8 +20,9 @@ There is no public code. What the paper leaves open, and what we chose:
    whole gradient (`--mask-target update`); `gradient` is the paper's letter.
 2. A step's goal proximity is its success flag (`--gpm`); where that never changes the distance to the target, or else
    the reward.
-3. Neurons that are constant while scored are no skill neurons: by the formula a dead one scores the share of failures.
-   One that fires in a single step scores about as much, and is chosen: with rare success the score says little.
+3. Neurons that are constant while scored are no skill neurons: by the formula a dead one scores the share of failures
+   or of successes, whichever is larger. One that fires in a single step scores about as much, and is chosen: with
+   rare success the score says little.
 4. "Earlier tasks" are all that were trained before, with the present one when it comes again; each by its latest scores
    and its latest transitions.
 5. Batches are drawn from the old tasks instead of the present one, not mixed with it.
@@ -106,7 +107,7 @@ class Args:
     compile: bool = False
     """compile the losses with torch.compile"""
     checkpoint_every: int = 50_000
-    """environment steps between checkpoints, at the next episode's end; 0: at task borders only"""
+    """environment steps between checkpoints, at the next episode's end; 0: at the start, task borders, signals only"""
     quiet: bool = False
     """print nothing"""
     track: bool = False

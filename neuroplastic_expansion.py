@@ -105,7 +105,7 @@ class Args:
     compile: bool = False
     """compile the losses with torch.compile"""
     checkpoint_every: int = 50_000
-    """environment steps between checkpoints, at the next episode's end; 0: at task borders only"""
+    """environment steps between checkpoints, at the next episode's end; 0: at the start, task borders, signals only"""
     quiet: bool = False
     """print nothing"""
     track: bool = False

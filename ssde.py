@@ -97,7 +97,7 @@ class Args:
     resume: str | None = None
     """go on with the run in this folder; its arguments are used"""
     evaluate: str | None = None
-    """evaluate the run in this folder on its tasks, print the table, do nothing else"""
+    """evaluate the run in this folder on the tasks it has seen, print the table, do nothing else"""
     episodes: int = 10
     """episodes per task of --evaluate"""
     run_dir: str | None = None
@@ -109,7 +109,7 @@ class Args:
     compile: bool = False
     """compile the losses with torch.compile"""
     checkpoint_every: int = 50_000
-    """environment steps between checkpoints, at the next episode's end; 0: at task borders only"""
+    """environment steps between checkpoints, at the next episode's end; 0: at the start, task borders, signals only"""
     quiet: bool = False
     """print nothing"""
     track: bool = False
