@@ -111,7 +111,7 @@ class Args:
     compile: bool = False
     """compile the losses and the critics' targets with torch.compile"""
     bf16: bool = False
-    """matrix products in bfloat16 (autocast): faster on CPUs with AMX, not bit-comparable with float32"""
+    """matrix products in bfloat16 (autocast): faster on GPUs and CPUs with AMX, not bit-comparable with float32"""
     checkpoint_every: int = 50_000
     """agent steps between checkpoints, at the next episode's end; 0: at the start, the end and on a signal only"""
     quiet: bool = False
@@ -825,6 +825,12 @@ def build_env(args: Args, stream: int, video: Path | None = None):
     return record_video(env, video) if video else env
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; a CPU that does not is many times slower than in float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return device.type != "cpu" or any(has for name, has in capabilities.items() if name.endswith("bf16"))
+
+
 def evaluate_run(args: Args) -> dict:
     """`--evaluate RUN_DIR`: evaluate the policy of a run's latest checkpoint, print the table, return the result."""
     stored = Args(**stored_args(args.evaluate, Args))
@@ -900,6 +906,8 @@ def main(args: Args) -> dict:
         if regime == "rigl" and args.rigl_interval >= agent.last_topology_update:
             never = f"the {name}'s topology never changes: --rigl-interval {args.rigl_interval}"
             recorder.say(f"warning: {never} is not below {agent.last_topology_update}, its last update")
+    if args.bf16 and not has_bf16(device):
+        recorder.say("warning: --bf16: this CPU has no bfloat16 products (AVX-512 BF16, AMX): expect a very slow run")
     if checkpoint is None:
         save()
 

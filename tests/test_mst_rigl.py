@@ -969,6 +969,19 @@ def test_a_topology_that_will_never_change_is_said(tmp_path, monkeypatch, interv
     assert [re.search(r"warning: the (\w+)'s", line)[1] for line in said if "never changes" in line] == modules
 
 
+@pytest.mark.parametrize(("capabilities", "warned"), [({"amx_bf16": False}, True), ({"avx512_bf16": True}, False)])
+def test_bfloat16_on_a_processor_without_it_is_warned_about(tmp_path, monkeypatch, capabilities, warned):
+    said = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True} | capabilities)
+    monkeypatch.setattr(mst_rigl.Recorder, "say", lambda _, line: said.append(line))
+    monkeypatch.setattr(Agent, "update", lambda agent: (_ for _ in ()).throw(KeyboardInterrupt))
+    for bf16 in (False, True):
+        said.clear()
+        with pytest.raises(KeyboardInterrupt):
+            mst_rigl.main(Args(**TINY, bf16=bf16, device="cpu", run_dir=str(tmp_path / str(bf16))))
+        assert any("--bf16: this CPU has no bfloat16" in line for line in said) == (bf16 and warned)
+
+
 def test_killed_at_random_moments_and_resumed_it_is_the_same_run(finished_run, tmp_path):
     run_dir, rng = tmp_path / "run", np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
     run, kills = start(**(TINY | {"run_dir": run_dir, "checkpoint_every": 50})), 0

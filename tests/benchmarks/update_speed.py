@@ -117,7 +117,7 @@ class FullSizeMasked(nn.Module):
         return mean, torch.exp(-5 + 3.5 * (torch.tanh(self.log_std(x)) + 1))
 
 
-def ssde_cases() -> dict[str, Callable[[Args], Case]]:
+def ssde_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
     return {
         "SAC, dense 4x1024": functools.partial(ssde_case, "scratch", 1),
         "full-size masks, task 2": functools.partial(ssde_case, "ssde", 2, full_size=True),
@@ -148,7 +148,7 @@ def nbsp_case(method: str, args: Args, mask_target: str = "update") -> Case:
     return Case(update, act, agent.state_dict, updates=2)
 
 
-def nbsp_cases() -> dict[str, Callable[[Args], Case]]:
+def nbsp_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
     return {
         "SAC": functools.partial(nbsp_case, "sac"),
         "gradient masking alone": functools.partial(nbsp_case, "mask"),
@@ -176,7 +176,7 @@ def neuroplastic_expansion_case(method: str, in_review: bool, args: Args) -> Cas
     return Case(lambda: (agent.update(), agent.update()), lambda: agent.act(observation), agent.state_dict, updates=2)
 
 
-def neuroplastic_expansion_cases() -> dict[str, Callable[[Args], Case]]:
+def neuroplastic_expansion_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
     return {
         "TD3": functools.partial(neuroplastic_expansion_case, "td3", False),
         "NE, density 0.2": functools.partial(neuroplastic_expansion_case, "ne", False),
@@ -204,7 +204,7 @@ def gmp_set_case(arch: str, sparsify: str, args: Args, critic: bool = True) -> C
     return Case(agent.update, lambda: agent.actor.act(observations), agent.state_dict)
 
 
-def gmp_set_cases() -> dict[str, Callable[[Args], Case]]:
+def gmp_set_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
     case = functools.partial
     return {
         "shared, dense": case(gmp_set_case, "shared", "none"),
@@ -244,16 +244,20 @@ def mst_rigl_case(preset: str, args: Args, **changes) -> Case:
     return Case(update, lambda: agent.act(observation, explore=True), agent.state_dict)
 
 
-def mst_rigl_cases() -> dict[str, Callable[[Args], Case]]:
-    return {
+def mst_rigl_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
+    import mst_rigl
+
+    cases = {
         "MR.Q, dense": functools.partial(mst_rigl_case, "mrq"),
         "MR.Q, RigL critic": functools.partial(mst_rigl_case, "mrq", critic_regime="rigl"),
-        "MR.Q, dense, bf16": functools.partial(mst_rigl_case, "mrq", bf16=True),
         "MST": functools.partial(mst_rigl_case, "mst"),
     }
+    if mst_rigl.has_bf16(torch.device(args.device)):  # some 20 s a step elsewhere
+        cases["MR.Q, dense, bf16"] = functools.partial(mst_rigl_case, "mrq", bf16=True)
+    return cases
 
 
-CASES: dict[str, Callable[[], dict[str, Callable[[Args], Case]]]] = {
+CASES: dict[str, Callable[[Args], dict[str, Callable[[Args], Case]]]] = {
     "ssde": ssde_cases,
     "nbsp": nbsp_cases,
     "neuroplastic_expansion": neuroplastic_expansion_cases,
@@ -315,7 +319,7 @@ def peak_memory(script: str, variant: str, args: Args) -> float:
 
 def print_peak_memory(args: Args) -> None:
     script, variant = args.memory_of.split(":")
-    case = CASES[script]()[variant](args)
+    case = CASES[script](args)[variant](args)
     for _ in range(3):
         case.update()
         case.act()
@@ -336,7 +340,7 @@ def main(args: Args) -> None:
     print(f"{unit}, torch {torch.__version__}, float32 matrix product {matrix_rate(args.device):.0f} GFLOP/s\n")
     print("| script | variant | ms per update | ratio | x floor | ms per action | peak MB |\n" + "|---" * 7 + "|")
     for script in args.scripts or CASES:
-        variants = CASES[script]()
+        variants = CASES[script](args)
         # first, as the peak of a child process counts what its parent held when it was forked
         memory = [peak_memory(script, variant, args) for variant in variants]
         cases = [build(args) for build in variants.values()]
