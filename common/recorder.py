@@ -178,7 +178,7 @@ class Recorder:
         script: name of the script, without `.py`.
         run_name: folder name under `runs/` when `args.run_dir` is None.
         tasks: task names; a task's index in this list is its `task_index`.
-        total_steps: length of the progress bar, environment steps.
+        total_steps: length of the progress bar, steps.
         checkpoint: what `load_checkpoint` returned, when the run is resumed.
 
     Raises:
@@ -432,7 +432,7 @@ def draw_summary(path: Path, rows: list[dict], curves: dict[str, dict[str, list]
         axis.set(ylabel=CURVES[name])
         if curves[name]:
             axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    lower[-1].set(xlabel="environment steps")
+    lower[-1].set(xlabel="steps")
     figure.savefig(path, dpi=120)
 
 

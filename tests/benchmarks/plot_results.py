@@ -285,7 +285,7 @@ def draw(evaluations: pd.DataFrame, table: pd.DataFrame, path: Path) -> None:
         axis.remove()
     for axis in list(axes.flat)[max(0, len(panels) - columns) : len(panels)]:
         axis.tick_params(labelbottom=True)  # the last panel of each column
-    upper.supxlabel("phases, each drawn with the same width" if by_phase else "environment steps", fontsize=9)
+    upper.supxlabel("phases, each drawn with the same width" if by_phase else "steps", fontsize=9)
     upper.supylabel("success" if measure == "success" else "episode return", fontsize=9)
     seeds = evaluations.groupby("group")["seed"].nunique()
     handles = [Line2D([], [], label=f"{group} ({count(seeds[group], 'seed')})", **style[group]) for group in groups]
