@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 @dataclass
 class Args:
     scripts: tuple[str, ...] = ()
-    """scripts to measure; default all"""
+    """scripts to measure, and mst_scale: MST at growing sizes (with few --repeats on a CPU); default all scripts"""
     repeats: int = 50
     """updates timed per variant; the median is shown"""
     threads: int = 1
@@ -219,8 +219,8 @@ def gmp_set_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
 # -------------------------------------------------------------------------------------------------------- mst_rigl
 
 
-def mst_rigl_case(preset: str, args: Args, **changes) -> Case:
-    """MR.Q on the sizes of humanoid-run (67, 21) with a full buffer; an average step of a whole target cycle.
+def mst_rigl_case(preset: str, args: Args, obs_dim: int = 67, act_dim: int = 21, **changes) -> Case:
+    """MR.Q with a full buffer, by default on the sizes of humanoid-run; an average step of a whole target cycle.
 
     That is one update of the encoder and one of critics and actor: copying the targets, and drawing the encoder's
     batches, comes once in 250 steps.
@@ -228,7 +228,7 @@ def mst_rigl_case(preset: str, args: Args, **changes) -> Case:
     import mst_rigl
 
     options = mst_rigl.PRESETS[f"preset {preset}"] | {"total_steps": 500_000, "compile": args.compile} | changes
-    agent = mst_rigl.Agent(mst_rigl.Args(**options), 67, 21, torch.device(args.device))
+    agent = mst_rigl.Agent(mst_rigl.Args(**options), obs_dim, act_dim, torch.device(args.device))
     replay = agent.replay
     for name, column in replay.data.items():
         column.normal_() if name in ("obs", "action", "reward") else column.fill_(1)
@@ -240,7 +240,7 @@ def mst_rigl_case(preset: str, args: Args, **changes) -> Case:
         agent.update_encoder(rows)
         agent.update_critic_and_actor(replay.sample_rows(agent.args.batch_size))
 
-    observation = np.zeros(67, dtype=np.float32)
+    observation = np.zeros(obs_dim, dtype=np.float32)
     return Case(update, lambda: agent.act(observation, explore=True), agent.state_dict)
 
 
@@ -257,6 +257,13 @@ def mst_rigl_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
     return cases
 
 
+def mst_scale_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
+    """MST at growing widths and depths on dog-run's sizes, with a small buffer: the networks are what grows."""
+    case = functools.partial(mst_rigl_case, "mst", obs_dim=223, act_dim=38, buffer_size=10_000)
+    cases = {f"width {width}": functools.partial(case, width_scale=float(width)) for width in (1, 2, 3, 5)}
+    return cases | {"width 5, depth 4": functools.partial(case, width_scale=5.0, depth_scale=4)}
+
+
 CASES: dict[str, Callable[[Args], dict[str, Callable[[Args], Case]]]] = {
     "ssde": ssde_cases,
     "nbsp": nbsp_cases,
@@ -264,6 +271,8 @@ CASES: dict[str, Callable[[Args], dict[str, Callable[[Args], Case]]]] = {
     "sparse_mtrl_gmp_set": gmp_set_cases,
     "mst_rigl": mst_rigl_cases,
 }
+SCRIPTS = tuple(CASES)
+CASES["mst_scale"] = mst_scale_cases  # hours on a CPU with the default --repeats: only when it is asked for
 
 
 # ----------------------------------------------------------------------------------------------------- measurements
@@ -331,7 +340,7 @@ def print_peak_memory(args: Args) -> None:
 
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
-    for script in CASES:
+    for script in SCRIPTS:
         importlib.import_module(script)  # first: NumPy complains where it is imported with denormals off
     torch.set_flush_denormal(True)
     if args.memory_of:
@@ -339,7 +348,7 @@ def main(args: Args) -> None:
     unit = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU thread(s)"
     print(f"{unit}, torch {torch.__version__}, float32 matrix product {matrix_rate(args.device):.0f} GFLOP/s\n")
     print("| script | variant | ms per update | ratio | x floor | ms per action | peak MB |\n" + "|---" * 7 + "|")
-    for script in args.scripts or CASES:
+    for script in args.scripts or SCRIPTS:
         variants = CASES[script](args)
         # first, as the peak of a child process counts what its parent held when it was forked
         memory = [peak_memory(script, variant, args) for variant in variants]
