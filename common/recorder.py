@@ -178,7 +178,7 @@ class Recorder:
         script: name of the script, without `.py`.
         run_name: folder name under `runs/` when `args.run_dir` is None.
         tasks: task names; a task's index in this list is its `task_index`.
-        total_steps: length of the progress bar, steps.
+        total_steps: length of the progress bar, in steps.
         checkpoint: what `load_checkpoint` returned, when the run is resumed.
 
     Raises:

@@ -1195,10 +1195,10 @@ def test_a_loss_that_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoi
 
 @pytest.mark.slow
 def test_mst_learns_to_balance_a_pendulum(tmp_path):
-    """Random actions drop it after six steps, and so does a policy whose step sizes are nearly 0 (after three)."""
-    options = {"env_id": "InvertedPendulum-v5", "total_steps": 2200, "learning_starts": 500, "eval_every": 300}
+    """Random actions drop it after six steps, a policy that is never trained after three: far below the bar."""
+    options = {"env_id": "InvertedPendulum-v5", "total_steps": 3000, "learning_starts": 500, "eval_every": 500}
     options |= {"width_scale": 1 / 8, "batch_size": 64, "target_update": 50, "rigl_interval": 100, "gamma": 0.98}
     rates = {"encoder_lr": 1e-3, "critic_lr": 1e-3, "actor_lr": 1e-3}
-    mst_rigl.main(Args(**options, **rates, eval_episodes=3, quiet=True, run_dir=str(tmp_path / "run")))
+    mst_rigl.main(Args(**options, **rates, eval_episodes=5, quiet=True, run_dir=str(tmp_path / "run")))
     with open(tmp_path / "run" / "evaluations.csv", newline="") as file:
-        assert max(float(row["episode_return"]) for row in csv.DictReader(file)) > 60
+        assert max(float(row["episode_return"]) for row in csv.DictReader(file)) > 200
