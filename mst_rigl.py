@@ -21,7 +21,9 @@ Where we differ from MR.Q's code, and why:
 3. The last sub-trajectory of a truncated episode, which ends with its last observation, is sampled too.
 4. The reward scale and the 10 000 random steps count steps only. Theirs also count the slots between episodes.
 5. A step gets the largest priority when it becomes sampleable, theirs when it is stored.
-6. Rewards beyond the outermost bins are clipped, theirs stop the run; priorities start from 0, theirs uninitialised.
+6. A terminating step predicts the features of the episode's last observation. Theirs looks that one up in a table that
+   was not written there, and mostly finds the first observation of the run.
+7. Rewards beyond the outermost bins are clipped, theirs stop the run; priorities start from 0, theirs uninitialised.
 
 The paper's code is not public. We chose block types 1 to 3, Erdos-Renyi densities per module, RigL's interval (The
 State of Sparse Training in Deep RL), share and end (about RigL's own), topology change and gradient step in one update
@@ -111,7 +113,7 @@ class Args:
     compile: bool = False
     """compile the losses and the critics' targets with torch.compile"""
     bf16: bool = False
-    """matrix products in bfloat16 (autocast): faster on GPUs and CPUs with AMX, not bit-comparable with float32"""
+    """products of the updates in bfloat16 (autocast), for GPUs and CPUs with AMX; not bit-comparable with float32"""
     checkpoint_every: int = 50_000
     """agent steps between checkpoints, at the next episode's end; 0: at the start, the end and on a signal only"""
     quiet: bool = False
@@ -187,7 +189,7 @@ class Args:
     rigl_drop: float = 0.3
     """share of a layer's connections that is moved at first (RigL); decays to 0 along a cosine"""
     rigl_until: float = 0.75
-    """share of the training after which topologies stay (RigL: 25 000 of 32 000 steps)"""
+    """share of the updates after which topologies stay (RigL: 25 000 of 32 000 steps)"""
 
 
 # --------------------------------------------------------------------------------------------------------- networks
@@ -197,7 +199,8 @@ class Block(nn.Module):
     """A hidden layer of one of the paper's six types: (batch, inputs) -> (batch, outputs).
 
     1 ReLU, 2 ELU, 3 ReLU + LayerNorm, 4 ELU + LayerNorm, 5 and 6: 3 and 4 with the input added, past normalisation and
-    activation, where the widths agree. LayerNorm has no learned scale or shift, as in MR.Q.
+    activation, where the widths agree. LayerNorm has no learned scale or shift, as in MR.Q. With --bf16 the product
+    alone is in bfloat16: autocast by itself would also sum the residuals in it, on a CPU.
     """
 
     def __init__(self, inputs: int, outputs: int, block_type: int):
@@ -208,7 +211,7 @@ class Block(nn.Module):
         self.residual = block_type >= 5 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.activation(self.norm(self.linear(x)))
+        y = self.activation(self.norm(self.linear(x).float()))
         return x + y if self.residual else y
 
 
@@ -256,18 +259,29 @@ class Encoder(nn.Module):
         return self.zsa(self.zs(obs), action)
 
 
+class ValueLayer(nn.Linear):
+    """The critics' last layer, float32 also with --bf16: at a value of 100 two bfloat16 numbers are 0.5 apart.
+
+    That is the size of a TD error here, as values count in units of the mean reward.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 class Critic(nn.Module):
     """Twin values of z_sa: (batch, zsa) -> (batch, 2)."""
 
     def __init__(self, zsa: int, width: int, blocks: int, block_type: int):
         super().__init__()
         self.twins = nn.ModuleList(
-            nn.Sequential(*hidden_blocks(zsa, width, blocks, block_type), nn.Linear(width, 1)) for _ in range(2)
+            nn.Sequential(*hidden_blocks(zsa, width, blocks, block_type), ValueLayer(width, 1)) for _ in range(2)
         )
         init_weights(self)
 
     def forward(self, zsa: Tensor) -> Tensor:
-        return torch.cat([twin(zsa) for twin in self.twins], 1).float()
+        return torch.cat([twin(zsa) for twin in self.twins], 1)
 
 
 class Actor(nn.Sequential):
@@ -413,7 +427,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        new = partial(torch.zeros, device=device)  # pages of zeros take no memory before they are written
+        new = partial(torch.zeros, device=device)  # on a CPU, zeros take no memory before they are written
         self.data = {
             "obs": new(capacity, obs_dim),
             "action": new(capacity, act_dim),
@@ -627,7 +641,7 @@ class Agent:
         self.last_topology_update = int(args.rigl_until * (args.total_steps - args.learning_starts))
         self.scales = (torch.ones((), device=device), torch.zeros((), device=device))  # mean |r| now, of the targets
         self.losses: dict[str, Tensor] = {}
-        self.critic_grad_norm = torch.tensor(math.nan)  # before it is clipped
+        self.grad_norms: dict[str, Tensor] = {}  # of encoder and critic, masked and not yet clipped
         functions = (encoder_loss, critic_loss, actor_loss, td_target)
         compiled = map(torch.compile, functions) if args.compile else functions
         self.encoder_loss, self.critic_loss, self.actor_loss, self.td_target = compiled
@@ -652,6 +666,7 @@ class Agent:
             # priorities do not change in between, so all of these batches are drawn at once
             for rows in self.replay.sample_rows(args.target_update * args.batch_size).split(args.batch_size):
                 self.update_encoder(rows)
+            self.grad_norms["encoder"] = metrics.grad_norm(self.networks["encoder"])
         self.updates += 1
         self.update_critic_and_actor(self.replay.sample_rows(args.batch_size))
 
@@ -700,7 +715,7 @@ class Agent:
         loss.backward(inputs=parameters)
         self.topologies[name].before_step(args.rigl_interval, self.last_topology_update, args.rigl_drop)
         if max_grad_norm < math.inf:
-            self.critic_grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            self.grad_norms[name] = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
 
     # ----------------------------------------------------------------------------------------------------- metrics
@@ -715,8 +730,8 @@ class Agent:
         inputs = {"encoder": (obs, action), "critic": encoder(obs, action), "actor": encoder.zs(obs)}
         scalars = {}
         for name, module in self.networks.items():
-            units = metrics.hidden_features(module, inputs[name])
             last = metrics.hidden_features(module, inputs[name], (Block,))[-1]  # with what a residual adds
+            units = metrics.hidden_features(module, inputs[name])
             values = {
                 "dormant_ratio": metrics.dormant_ratio(units, DORMANT_TAU),
                 "active_fraction": metrics.active_fraction(units),
@@ -726,12 +741,12 @@ class Agent:
                 "weight_norm": metrics.weight_norm(module),
             }
             scalars |= {f"plasticity/{name}/{metric}": value for metric, value in values.items()}
+            del units  # of a wide network it is the largest thing in memory
         return scalars
 
-    def grad_norms(self) -> dict[str, Tensor]:
+    def gradient_scalars(self) -> dict[str, Tensor]:
         """Norms of the latest gradients, masked and not yet clipped, by TensorBoard name."""
-        norms = {name: metrics.grad_norm(module) for name, module in self.networks.items()}
-        norms["critic"] = self.critic_grad_norm
+        norms = self.grad_norms | {"actor": metrics.grad_norm(self.networks["actor"])}
         return {f"plasticity/{name}/grad_norm": norm for name, norm in norms.items()}
 
     def sparsity(self) -> dict[str, float]:
@@ -764,14 +779,14 @@ class Agent:
     def state_dict(self) -> dict:
         state = {group: {n: part.state_dict() for n, part in getattr(self, group).items()} for group in self.STATEFUL}
         state |= {"replay": self.replay.state_dict(), "updates": self.updates}
-        return state | {"scales": list(self.scales), "losses": self.losses}
+        return state | {"scales": list(self.scales), "losses": self.losses, "grad_norms": self.grad_norms}
 
     def load_state_dict(self, state: dict) -> None:
         for group in self.STATEFUL:
             for name, part in getattr(self, group).items():
                 part.load_state_dict(state[group][name])
         self.replay.load_state_dict(state["replay"])
-        self.updates, self.losses = state["updates"], state["losses"]
+        self.updates, self.losses, self.grad_norms = (state[name] for name in ("updates", "losses", "grad_norms"))
         self.scales = tuple(scale.to(self.device) for scale in state["scales"])
 
 
@@ -827,8 +842,9 @@ def build_env(args: Args, stream: int, video: Path | None = None):
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware; a CPU that does not is many times slower than in float32."""
-    capabilities = torch.cpu.get_capabilities()
-    return device.type != "cpu" or any(has for name, has in capabilities.items() if name.endswith("bf16"))
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
 def evaluate_run(args: Args) -> dict:
@@ -874,7 +890,7 @@ def main(args: Args) -> dict:
     recorder = Recorder(args, "mst_rigl", run_name, [args.env_id], args.total_steps, checkpoint)
     at = {"step": 0, "next_eval": min(args.eval_every, args.total_steps), "env": get_rng_state(env)}
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
+        agent.load_state_dict(checkpoint.pop("agent"))  # pop: the buffer's second copy is not kept
         at |= checkpoint["at"]
         set_random_state(checkpoint["random"], device)
         set_rng_state(env, at["env"])
@@ -907,7 +923,8 @@ def main(args: Args) -> dict:
             never = f"the {name}'s topology never changes: --rigl-interval {args.rigl_interval}"
             recorder.say(f"warning: {never} is not below {agent.last_topology_update}, its last update")
     if args.bf16 and not has_bf16(device):
-        recorder.say("warning: --bf16: this CPU has no bfloat16 products (AVX-512 BF16, AMX): expect a very slow run")
+        has_none = f"this {device.type} device has no bfloat16 products (a CPU needs AVX-512 BF16 or AMX)"
+        recorder.say(f"warning: --bf16: {has_none}: expect a slow run")
     if checkpoint is None:
         save()
 
@@ -949,7 +966,7 @@ def main(args: Args) -> dict:
                 for name, value in agent.losses.items():
                     recorder.require_finite(f"losses/{name}", value, at["step"])
                 recorder.log(at["step"], {f"losses/{name}": value for name, value in agent.losses.items()})
-                recorder.log(at["step"], agent.grad_norms())
+                recorder.log(at["step"], agent.gradient_scalars())
                 speed = (at["step"] - first_step) / (time.monotonic() - clock)
                 recorder.log(at["step"], {"charts/SPS": speed, "charts/reward_scale": agent.scales[0]})
         if done:

@@ -791,7 +791,7 @@ def main(args: Args) -> dict:
     start = {"step": 0, "next_eval": min(args.eval_every, args.steps_per_task), "env": None}
     at = {"phase": 0} | start
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
+        agent.load_state_dict(checkpoint.pop("agent"))  # pop: the buffer's second copy is not kept
         at |= checkpoint["at"]
         set_random_state(checkpoint["random"], device)
 

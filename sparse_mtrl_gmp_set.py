@@ -971,7 +971,7 @@ def main(args: Args) -> dict:
     # Where the run is; `step` counts the environment steps of all tasks.
     at = {"step": 0, "next_eval": min(args.eval_every, total_steps), "envs": None, "plasticity": {}}
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
+        agent.load_state_dict(checkpoint.pop("agent"))  # pop: the buffer's second copy is not kept
         at |= checkpoint["at"]
         set_random_state(checkpoint["random"], device)
 
