@@ -71,7 +71,7 @@ PRE_ACTIVATION_WEIGHT = 1e-5
 LOG_EVERY = 1000  # agent steps between two points of the loss curves
 METRIC_BATCH = 1000  # recent steps on which plasticity is measured, at width 1
 DORMANT_TAU = 0.1  # of the logged dormant ratio
-# First words of numpy seed sequences: independent streams for training and evaluation episodes.
+# Second words of numpy seed sequences: independent streams for training and evaluation episodes.
 TRAIN_EPISODES, EVAL_EPISODES = 1, 2
 
 PRESETS = {

@@ -63,7 +63,7 @@ DORMANT_TAU = 0.025  # of the logged dormant ratio, as in Sokar et al. 2023
 ACTOR_EVERY = 2  # every second update trains the actor, twice (CleanRL)
 SOLVED, SOLVED_IN_A_ROW = 0.95, 3  # a task is solved after so many evaluations at this success or above
 RANDOM_DRAWS = 5  # random choices of neurons that --ablate-neurons averages
-# First words of numpy seed sequences: independent streams of training, evaluation and scoring goals, random neurons.
+# Second words of numpy seed sequences: independent streams of training, evaluation and scoring goals, random neurons.
 TRAIN_GOALS, EVAL_GOALS, SCORE_GOALS, RANDOM_NEURONS = 1, 2, 3, 4
 
 QUICK = {
@@ -484,6 +484,7 @@ class Agent:
         self.masked = {"actor": [], "critics": []}  # pairs of parameter and mask, see `masked_parameters`
         self.updates = 0
         self.losses: dict[str, Tensor] = {}  # the latest ones, 0-d; on batches of earlier tasks "previous/..."
+        self.loaded_grad_norms: dict[str, Tensor] = {}
 
     def networks(self) -> dict[str, Actor | Critic]:
         """The networks whose neurons are scored, each ranked by itself."""
@@ -566,8 +567,13 @@ class Agent:
 
     # ----------------------------------------------------------------------------------------------- measurements
 
+    def grad_norms(self) -> dict[str, Tensor]:
+        """Norms of the last update's gradients, 0-d; NaN before there was one."""
+        return metrics.latest_grad_norms({"actor": self.actor, "critic": self.critics}, self.loaded_grad_norms)
+
     def plasticity(self) -> dict[str, Tensor]:
         """Plasticity metrics of actor and critics on recent transitions, 0-d tensors by their name in TensorBoard."""
+        grad_norms = self.grad_norms()
         batch = self.replay.recent(METRIC_BATCH)
         q_input = torch.cat([batch["obs"], batch["action"]], 1)
         features = {"actor": metrics.hidden_features(self.actor, batch["obs"])}
@@ -580,7 +586,7 @@ class Agent:
                 f"plasticity/{net}/srank": metrics.srank(features[net][-1]),
                 f"plasticity/{net}/effective_rank": metrics.effective_rank(features[net][-1]),
                 f"plasticity/{net}/weight_norm": metrics.weight_norm(module),
-                f"plasticity/{net}/grad_norm": metrics.grad_norm(module),
+                f"plasticity/{net}/grad_norm": grad_norms[net],
             }
         return scalars
 
@@ -602,13 +608,14 @@ class Agent:
     def state_dict(self) -> dict:
         state = {name: getattr(self, name).state_dict() for name in self.LEARNERS}
         state |= {"log_alpha": self.log_alpha.detach(), "scores": self.scores, "updates": self.updates}
+        state |= {"grad_norms": self.grad_norms(), "losses": self.losses}
         return state | {"previous": {"task": self.previous.task, "data": self.previous.data}}
 
     def load_state_dict(self, state: dict) -> None:
         for name in self.LEARNERS:
             getattr(self, name).load_state_dict(state[name])
         self.log_alpha.data.copy_(state["log_alpha"])
-        self.updates = state["updates"]
+        self.updates, self.losses, self.loaded_grad_norms = state["updates"], state["losses"], state["grad_norms"]
         self.scores = _to(state["scores"], self.device)
         if self.scores:
             self._set_masks()
@@ -939,7 +946,8 @@ def main(args: Args) -> dict:
         if at["env"] is not None:
             set_rng_state(env, at["env"])
         warm_up = args.learning_starts if phase < len(tasks) else 0
-        learning_since = sum(at["phase_steps"]) + warm_up  # no evaluation before counts as solved
+        # no evaluation before the first update counts as solved
+        learning_since = sum(at["phase_steps"]) + max(warm_up, args.batch_size - 1)
         next_save = at["step"] + save_every
 
         while True:  # once per episode

@@ -25,6 +25,8 @@ We implement the paper. Where the authors' code differs:
 4. They skip the optimizer step on a topology update, and keep Adam's moments of weights that went. We take the step and
    clear the moments.
 5. They stop at density 0.75 and go on exchanging weights. We grow to 1 (`--final-density`) and are done.
+6. They prune 40 % of what a step grows in all, so 60 % of it is net growth. We prune at most 40 % of the net growth.
+7. Their command keeps the actor's topology (`--static_actor`). Ours grows actor and critics.
 
 What the paper leaves open: omega limits pruning layer by layer, so a layer that starts dense is never pruned; who is
 dormant is judged after the optimizer step; the average that starts the review begins with the first change; the
@@ -61,7 +63,7 @@ from common.recorder import (
 LOG_EVERY = 1000  # environment steps between two points of the loss curves
 METRIC_BATCH = 1000  # recent transitions on which plasticity is measured
 DORMANT_TAUS = {"dormant_ratio": 0.025, "dormant_ratio_tau_0": 0.0, "dormant_ratio_tau_0.1": 0.1}
-# First words of numpy seed sequences: independent streams for the starts of episodes and for the method's own draws.
+# Second words of numpy seed sequences: independent streams for the starts of episodes and for the method's own draws.
 TRAIN_EPISODES, EVAL_EPISODES, METHOD = 1, 2, 3
 
 QUICK = {
@@ -349,7 +351,7 @@ class Topology:
     def load_masks(self, masks: list[Tensor]) -> None:
         """Continue with saved masks."""
         self.masks = [mask.to(self.masks[0].device) for mask in masks]
-        self.counts = [int(mask.sum()) for mask in masks]
+        self.counts = [int(mask.count_nonzero()) for mask in masks]
 
 
 # ----------------------------------------------------------------------------------------------- the method: review
@@ -483,6 +485,7 @@ class Agent:
         self.updates, self.reviews, self.change, self.ratio = 0, 0, math.inf, None
 
         self.losses: dict[str, Tensor] = {}
+        self.loaded_grad_norms: dict[str, Tensor] = {}
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
             self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
@@ -567,9 +570,13 @@ class Agent:
         critics = [h for critic in self.critics for h in metrics.hidden_features(critic, q_input)]
         return {"actor": metrics.hidden_features(self.actor, batch["obs"]), "critic": critics}
 
+    def grad_norms(self) -> dict[str, Tensor]:
+        """Norms of the last update's gradients, 0-d; NaN before there was one."""
+        return metrics.latest_grad_norms({"actor": self.actor, "critic": self.critics}, self.loaded_grad_norms)
+
     def plasticity(self) -> dict[str, Tensor]:
         """Plasticity metrics of actor and critics."""
-        scalars, features = {}, self.features()
+        scalars, features, grad_norms = {}, self.features(), self.grad_norms()
         for net, module in (("actor", self.actor), ("critic", self.critics)):
             prefix = f"plasticity/{net}"
             scalars |= {f"{prefix}/{name}": metrics.dormant_ratio(features[net], t) for name, t in DORMANT_TAUS.items()}
@@ -578,7 +585,7 @@ class Agent:
                 f"{prefix}/srank": metrics.srank(features[net][-1]),
                 f"{prefix}/effective_rank": metrics.effective_rank(features[net][-1]),
                 f"{prefix}/weight_norm": metrics.weight_norm(module),
-                f"{prefix}/grad_norm": metrics.grad_norm(module),
+                f"{prefix}/grad_norm": grad_norms[net],
             }
         return scalars
 
@@ -606,7 +613,7 @@ class Agent:
     # ----------------------------------------------------------------------------------------------- checkpoints
 
     NETWORKS = ("actor", "critics", "target_actor", "target_critics")
-    COUNTERS = ("pruned_and_grown", "updates", "reviews", "change", "ratio")
+    COUNTERS = ("pruned_and_grown", "updates", "reviews", "change", "ratio", "losses")
 
     def named_weights(self) -> list[tuple[str, Tensor]]:
         """Everything that is learned, by name."""
@@ -617,7 +624,7 @@ class Agent:
         state |= {name: getattr(self, name).state_dict() for name in (*self.NETWORKS, "replay")}
         state["optimizers"] = {net: optimizer.state_dict() for net, optimizer in self.optimizers.items()}
         state["masks"] = {net: [topology.masks for topology in group] for net, group in self.topologies.items()}
-        return state | {"generator": self.generator.get_state()}
+        return state | {"generator": self.generator.get_state(), "grad_norms": self.grad_norms()}
 
     def load_state_dict(self, state: dict) -> None:
         for name in self.COUNTERS:
@@ -629,6 +636,7 @@ class Agent:
             for topology, masks in zip(group, state["masks"][net], strict=True):
                 topology.load_masks(masks)
         self.generator.set_state(state["generator"])
+        self.loaded_grad_norms = state["grad_norms"]
 
 
 # ------------------------------------------------------------------------------------------------------ the run
@@ -676,7 +684,7 @@ def env_sizes(args: Args) -> tuple[int, int]:
         try:
             env = make_env(task, seed=0)
         except ValueError as error:
-            given = f"--task-cycle {args.task_cycle}" if args.task_cycle else f"--env-id {args.env_id}"
+            given = f"--env-id {args.env_id}" if args.task_cycle is None else f"--task-cycle {args.task_cycle}"
             raise ArgumentError(f"{given}: {error}") from None
         env.close()
         sizes.append((env.observation_space.shape[0], env.action_space.shape[0]))
@@ -725,10 +733,9 @@ def evaluate_task(
 
 def evaluate_run(args: Args) -> dict:
     """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint on its tasks, print and return the results."""
-    stored = Args(**stored_args(args.evaluate, Args))
-    checkpoint = load_checkpoint(args.evaluate, "neuroplastic_expansion")
+    stored = Args(**stored_args(args.evaluate, Args) | {"buffer_size": 1})  # the actor is all that is needed
     agent = new_agent(stored, select_device(args.device))
-    agent.load_state_dict(checkpoint["agent"])
+    agent.actor.load_state_dict(load_checkpoint(args.evaluate, "neuroplastic_expansion")["agent"]["actor"])
     video = Path(args.evaluate) / "videos" / "evaluate" if args.capture_video else None
     results, tasks = {}, list(dict.fromkeys(visits_of(stored)))
     for index in range(len(tasks)):
@@ -820,8 +827,8 @@ def main(args: Args) -> dict:
         return True
 
     if checkpoint is None:
-        save()
         recorder.log(0, agent.method_scalars())
+        save()
         warn_of_long_intervals(agent, recorder)
     save_every = args.checkpoint_every or math.inf
     first_step, clock = global_step(), time.monotonic()

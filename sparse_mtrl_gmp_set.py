@@ -60,7 +60,7 @@ LOG_EVERY = 1000  # updates between two points of the loss curves
 METRIC_BATCH = 1024  # replayed transitions, over all tasks, on which plasticity is measured (paper Table 5)
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # paper Table 3
 MAX_RESETS = 2  # of the output layers (paper Table 5)
-# First words of numpy seed sequences: independent streams for training goals and evaluation goals.
+# Second words of numpy seed sequences: independent streams for training goals and evaluation goals.
 TRAIN_GOALS, EVAL_GOALS = 1, 2
 
 QUICK = {
@@ -978,8 +978,6 @@ def main(args: Args) -> dict:
     seeds = [int(np.random.SeedSequence((args.seed, TRAIN_GOALS, i)).generate_state(1)[0]) for i in range(len(tasks))]
     arguments = (tasks, seeds, args.episode_steps, args.reward_version)
     envs = WorkerEnvs(*arguments, args.num_workers) if args.num_workers else TaskEnvs(*arguments)
-    if at["envs"] is not None:
-        envs.set_rng_states(at["envs"])
 
     def save() -> None:
         """Checkpoint; only at an episode's end, where an environment's future is its random state."""
@@ -1015,6 +1013,8 @@ def main(args: Args) -> dict:
     warm_up, first_step, clock = args.learning_starts // len(tasks), at["step"], time.monotonic()
     next_checkpoint = at["step"] + (args.checkpoint_every or math.inf)
     with closing(envs):
+        if at["envs"] is not None:
+            envs.set_rng_states(at["envs"])
         if checkpoint is None:
             at["envs"] = envs.rng_states()
             save()

@@ -61,7 +61,7 @@ METRIC_BATCH = 1000  # recent observations on which sensitivity and plasticity a
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 DORMANT_TAU = 0.025  # of the logged dormant ratio, as in Sokar et al. 2023
 EMBEDDINGS = Path(__file__).parent / "common" / "task_embeddings.npz"
-# First words of numpy seed sequences: independent streams for dictionaries, training goals and evaluation goals.
+# Second words of numpy seed sequences: independent streams for dictionaries, training goals and evaluation goals.
 GLOBAL_DICTIONARY, LOCAL_DICTIONARY, TRAIN_GOALS, EVAL_GOALS = 1, 2, 3, 4
 
 QUICK = {
@@ -722,6 +722,7 @@ class Agent:
         self.q_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr, fused=True)
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.policy_lr, fused=True)
         self._new_policy_optimizer()
+        self.loaded_grad_norms: dict[str, Tensor] = {}
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
             torch.compiler.reset()  # the last task's networks are gone
@@ -804,8 +805,13 @@ class Agent:
             self.resets[-1] = [total + count for total, count in zip(self.resets[-1], counts, strict=True)]
         return scores
 
+    def grad_norms(self) -> dict[str, Tensor]:
+        """Norms of the last gradients, 0-d, of the actor maybe those of its distillation; NaN before there were any."""
+        return metrics.latest_grad_norms({"actor": self.policy, "critic": self.critics}, self.loaded_grad_norms)
+
     def plasticity(self) -> dict[str, Tensor]:
-        """Plasticity metrics of actor and critics on recent transitions."""
+        """Plasticity metrics of actor and critics: of the weights, and on recent transitions."""
+        grad_norms = self.grad_norms()
         batch = self.replay.recent(METRIC_BATCH)
         q_input = torch.cat([batch["obs"], batch["action"]], 1)
         features = {"actor": metrics.hidden_features(self.policy, batch["obs"])}
@@ -818,7 +824,7 @@ class Agent:
                 f"plasticity/{net}/srank": metrics.srank(features[net][-1]),
                 f"plasticity/{net}/effective_rank": metrics.effective_rank(features[net][-1]),
                 f"plasticity/{net}/weight_norm": metrics.weight_norm(module),
-                f"plasticity/{net}/grad_norm": metrics.grad_norm(module),
+                f"plasticity/{net}/grad_norm": grad_norms[net],
             }
         return scalars
 
@@ -836,12 +842,14 @@ class Agent:
     LEARNERS = ("policy", "initial", "critics", "targets", "policy_optimizer", "q_optimizer", "alpha_optimizer")
 
     def named_weights(self) -> list[tuple[str, Tensor]]:
-        """What the current task learns, by name."""
+        """What the tasks share and what the current one learns, by name."""
+        kinds = {"weights": self.shared.weights, "biases": self.shared.biases}
+        shared = [(f"shared.{kind}.{layer}", p) for kind, group in kinds.items() for layer, p in enumerate(group)]
         if self.policy is None:
-            return []
+            return shared
         modules = {"policy": self.policy, "critics": self.critics, "targets": self.targets}
         named = [(f"{net}.{name}", p) for net, module in modules.items() for name, p in module.named_parameters()]
-        return [*named, ("log_alpha", self.log_alpha)]
+        return [*shared, *named, ("log_alpha", self.log_alpha)]
 
     def state_dict(self) -> dict:
         state = {"shared": self.shared.state_dict(), "replay": self.replay.state_dict()}
@@ -849,6 +857,7 @@ class Agent:
         if self.policy is not None:
             state["learners"] = {name: getattr(self, name).state_dict() for name in self.LEARNERS}
             state["log_alpha"] = self.log_alpha.detach()  # a tensor, not a module
+            state["grad_norms"] = self.grad_norms()
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -862,6 +871,7 @@ class Agent:
             for name in self.LEARNERS:
                 getattr(self, name).load_state_dict(state["learners"][name])
             self.log_alpha.data.copy_(state["log_alpha"])
+            self.loaded_grad_norms = state["grad_norms"]
 
 
 # ------------------------------------------------------------------------------------------------------ the run
@@ -1080,7 +1090,7 @@ def main(args: Args) -> dict:
     torch.manual_seed(args.seed)
     agent = Agent(args, embeddings, *env_sizes(tasks[0]), device)
     if checkpoint is None:
-        agent.begin_task(0)  # before there is a folder: a lambda that leaves no neuron is refused here
+        agent.begin_task(0)  # before there is a folder: a lambda that leaves the first task no neuron is refused here
     label = args.task_seq.replace(",", "+") if len(args.task_seq) < 40 else f"{len(tasks)}tasks"
     total_steps = len(tasks) * args.steps_per_task
     recorder = Recorder(args, "ssde", f"ssde__{label}__{args.seed}", tasks, total_steps, checkpoint)

@@ -168,6 +168,17 @@ def grad_norm(module: nn.Module) -> Tensor:
     return nn.utils.get_total_norm(gradients) if gradients else torch.tensor(float("nan"))
 
 
+def latest_grad_norms(modules: dict[str, nn.Module], loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`grad_norm` of each module, 0-d, by its name; one without any gradient has the norm in `loaded`, if there is one.
+
+    Checkpoints hold no gradients: a resumed run that measures before its first update takes the norms saved with them.
+    """
+    return {
+        name: loaded[name] if name in loaded and all(p.grad is None for p in module.parameters()) else grad_norm(module)
+        for name, module in modules.items()
+    }
+
+
 def gradient_cosine(gradients: Tensor) -> Tensor:
     """Mean cosine similarity between the gradients of all pairs of tasks; negative means conflict (Yu et al. 2020).
 

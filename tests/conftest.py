@@ -3,10 +3,13 @@
 import copy
 import functools
 import math
+import os
 
 import mujoco
 import pytest
 import torch
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # runs repeat byte by byte on a CPU
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from common.metrics import (
     grad_norm,
     gradient_cosine,
     hidden_features,
+    latest_grad_norms,
     performance_cw,
     sensitivity,
     srank,
@@ -228,6 +229,15 @@ def test_weight_and_gradient_norm_are_over_all_parameters():
     assert weight_norm(net).item() == pytest.approx(math.sqrt(sum(v * v for v in weights)))
     assert grad_norm(net).item() == pytest.approx(math.sqrt(sum(v * v for v in gradients)))
     assert not weight_norm(net).requires_grad
+
+
+def test_latest_gradient_norms_are_the_loaded_ones_only_while_there_is_no_gradient():
+    fresh, trained = nn.Linear(3, 2), nn.Linear(3, 2)
+    trained.weight.grad = torch.full((2, 3), 2.0)
+    loaded = {"fresh": torch.tensor(7.0), "trained": torch.tensor(8.0)}
+    norms = latest_grad_norms({"fresh": fresh, "trained": trained}, loaded)
+    assert norms == {"fresh": 7.0, "trained": pytest.approx(math.sqrt(24))}
+    assert latest_grad_norms({"fresh": fresh}, {})["fresh"].isnan()
 
 
 @few_examples

@@ -43,7 +43,6 @@ TINY = {
     "target_update": 50,
     "width_scale": 1 / 32,
     "rigl_interval": 100,
-    "device": "cpu",  # where a run repeats byte by byte
     "quiet": True,
 }
 
@@ -1131,8 +1130,6 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_bad_arguments_give_one_line_and_exit_2(case, monkeypatch, capsys, tmp_path):
     words, expected = BAD_ARGUMENTS[case]
-    if case == "cuda" and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
     assert_refused(
         words if "--env-id" in words else [*words, "--env-id", TINY["env_id"]], expected, monkeypatch, capsys, tmp_path
     )
@@ -1196,7 +1193,7 @@ def test_evaluate_gives_the_last_evaluation_of_the_run(finished_run, capsys):
     """Same policy, same episodes, same numbers; nothing in the folder changes."""
     run_dir = finished_run["run_dir"]
     before = {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()}
-    result = mst_rigl.main(Args(evaluate=str(run_dir), episodes=TINY["eval_episodes"], device="cpu"))
+    result = mst_rigl.main(Args(evaluate=str(run_dir), episodes=TINY["eval_episodes"]))
     assert result["episode_return"] == finished_run["results"]["tasks"][0]["final_return"]
     assert TINY["env_id"] in capsys.readouterr().out
     assert mst_rigl.main(Args(evaluate=str(run_dir), episodes=1, quiet=True)) and capsys.readouterr().out == ""
@@ -1217,23 +1214,39 @@ def test_evaluating_more_often_changes_nothing_in_training(finished_run, tmp_pat
     assert_same_tensors(often["random"], seldom["random"])
 
 
-def test_a_loss_that_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("action", "action is not finite at step 251"),
+        ("loss", "losses/q is not finite at step 200"),
+        ("weight", r"encoder\.model\.weight is not finite at step 2[2-4]\d"),  # at the end of an episode
+    ],
+)
+def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(
+    what, message, tmp_path, monkeypatch, capsys
+):
     true_update = Agent.update
 
     def update(agent):
-        if agent.updates == 150:
+        if what == "action" and agent.updates == 150:
             agent.networks["actor"][-1].bias.data.fill_(math.nan)
-        return true_update(agent)
+        true_update(agent)
+        if what == "loss":
+            agent.losses["q"] = torch.tensor(math.nan)
+        elif what == "weight" and agent.updates == 120:  # the encoder's loss comes at updates 101 and 151
+            agent.networks["encoder"].model.weight.data.fill_(math.nan)
 
     monkeypatch.setattr(Agent, "update", update)
-    monkeypatch.setattr("sys.argv", ["mst_rigl.py", *command_line(**TINY, run_dir=tmp_path / "run")])
+    monkeypatch.setattr(mst_rigl, "LOG_EVERY", 100)
+    options = TINY | {"run_dir": tmp_path / "run", "checkpoint_every": 10 if what == "weight" else 0}
+    monkeypatch.setattr("sys.argv", ["mst_rigl.py", *command_line(**options)])
     with pytest.raises(SystemExit) as leaving:
         mst_rigl.run(mst_rigl.main, Args)
     err = capsys.readouterr().err
     assert leaving.value.code == 1 and err.count("\n") == 1
-    assert "action is not finite at step 251" in err and str(tmp_path) in err
+    assert re.search(message, err) and str(tmp_path) in err
     checkpoint = checkpoint_of(tmp_path / "run")
-    assert checkpoint["record"]["global_step"] == 0
+    assert checkpoint["record"]["global_step"] <= 220
     assert all(weight.isfinite().all() for net in checkpoint["agent"]["networks"].values() for weight in net.values())
 
 
@@ -1242,7 +1255,6 @@ def test_mst_learns_to_balance_a_pendulum(tmp_path, monkeypatch):
     """Random actions drop it after six steps, a policy that is never trained after three: far below the bar."""
     options = {"env_id": "InvertedPendulum-v5", "total_steps": 3000, "learning_starts": 500, "eval_every": 250}
     options |= {"width_scale": 1 / 8, "batch_size": 64, "target_update": 50, "rigl_interval": 100, "gamma": 0.98}
-    options |= {"device": "cpu"}
     rates = {"encoder_lr": 1e-3, "critic_lr": 1e-3, "actor_lr": 1e-3}
     true_evaluate, returns = mst_rigl.metrics.evaluate, []
 

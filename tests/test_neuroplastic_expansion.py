@@ -587,11 +587,12 @@ def test_tensorboard_has_the_named_scalars_with_their_values(tmp_path, monkeypat
     assert last == pytest.approx({name: metrics[f"critic_{name}"] for name in last})
 
 
-def test_metrics_are_those_of_the_right_networks_and_transitions(assert_plasticity):
+def test_metrics_are_those_of_the_right_networks_and_transitions(assert_plasticity, monkeypatch):
+    monkeypatch.setattr(ne, "METRIC_BATCH", 100)  # of the 300 in the buffer
     agent = make_agent()
-    for _ in range(10):
+    for _ in range(11):  # the last one without the actor
         agent.update()
-    batch, plasticity = agent.replay.recent(1000), agent.plasticity()
+    batch, plasticity = agent.replay.recent(100), agent.plasticity()
     q_input = torch.cat([batch["obs"], batch["action"]], 1)
 
     def hidden(network: torch.nn.Sequential, x: torch.Tensor) -> list[torch.Tensor]:
@@ -607,6 +608,13 @@ def test_metrics_are_those_of_the_right_networks_and_transitions(assert_plastici
     for net, module in (("actor", agent.actor), ("critic", agent.critics)):
         taus = {"dormant_ratio": 0.025, "dormant_ratio_tau_0": 0, "dormant_ratio_tau_0.1": 0.1}
         assert_plasticity(plasticity, net, module, features[net], taus)
+    resumed = make_agent()  # without an update: the norms of the gradients are the checkpoint's
+    resumed.load_state_dict(copy.deepcopy(agent.state_dict()))
+    assert resumed.plasticity() == plasticity and resumed.losses == agent.losses
+    for one in (agent, resumed):
+        torch.manual_seed(1)
+        one.update()
+    assert resumed.plasticity() == agent.plasticity()
 
 
 def test_compile_wraps_both_losses(monkeypatch):
@@ -811,9 +819,11 @@ ne.run(ne.main, ne.Args)
 
 def test_killed_at_random_moments_and_resumed_it_is_the_same_run(finished_run, tmp_path):
     run_dir, rng = tmp_path / "run", np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
-    moments = sorted(int(n) for n in rng.integers(5, 395, 2))
+    moments = [0, *sorted(int(n) for n in rng.integers(5, 395, 2))]  # the first one before any later checkpoint
     for resumes, moment in enumerate(moments):
-        words = ["--resume", str(run_dir), "--quiet"] if resumes else command_line(**TINY, run_dir=run_dir)
+        words = command_line(**(TINY | {"run_dir": run_dir, "checkpoint_every": 0}))
+        if resumes:
+            words = ["--resume", str(run_dir), "--quiet", "--checkpoint-every", str(TINY["checkpoint_every"])]
         command = [sys.executable, "-c", KILLED, *words, str(moment)]
         run = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
         assert run.returncode == -signal.SIGKILL, (moments, run.stderr)
@@ -883,8 +893,6 @@ BAD_ARGUMENTS = {
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_bad_arguments_give_one_line_and_exit_2(case, monkeypatch, capsys, tmp_path):
-    if case == "cuda" and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
     assert_refused(*BAD_ARGUMENTS[case], monkeypatch, capsys, tmp_path)
 
 
@@ -950,23 +958,39 @@ def test_evaluating_more_often_changes_nothing_in_training(finished_run, tmp_pat
     assert_same_tensors(often["random"], seldom["random"])
 
 
-def test_a_loss_that_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("action", "action is not finite at step 350"),
+        ("loss", "losses/q is not finite at step 400"),
+        ("weight", r"target_critics\.0\.\S+ is not finite at step 600"),
+    ],
+)
+def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(
+    what, message, tmp_path, monkeypatch, capsys
+):
     true_update, calls = Agent.update, []
 
     def update(agent):
         calls.append(None)
-        if len(calls) == 150:
+        if what == "action" and len(calls) == 150:
             agent.actor[0].bias.data.fill_(math.nan)
-        return true_update(agent)
+        losses = true_update(agent)
+        if what == "loss" and len(calls) == 200:  # at step 400
+            losses["q"] = torch.tensor(math.nan)
+        elif what == "weight" and len(calls) == 400:  # the last one
+            next(agent.target_critics.parameters()).data.fill_(math.nan)
+        return losses
 
     monkeypatch.setattr(Agent, "update", update)
+    monkeypatch.setattr(ne, "LOG_EVERY", 100)
     words = command_line(**(TINY | {"checkpoint_every": 0, "env_id": "InvertedPendulum-v5"}), run_dir=tmp_path / "run")
     monkeypatch.setattr("sys.argv", ["neuroplastic_expansion.py", *words])
     with pytest.raises(SystemExit) as leaving:
         ne.run(ne.main, Args)
     err = capsys.readouterr().err
     assert leaving.value.code == 1 and err.count("\n") == 1
-    assert "action is not finite at step 350" in err and str(tmp_path) in err
+    assert re.search(message, err) and str(tmp_path) in err
     checkpoint = load_checkpoint(str(tmp_path / "run"), ne_name)
     assert checkpoint["record"]["global_step"] == 0
     assert all(weight.isfinite().all() for weight in checkpoint["agent"]["actor"].values())
