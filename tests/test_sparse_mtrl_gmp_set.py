@@ -892,6 +892,16 @@ def test_no_worker_process_outlives_main(end, tmp_path, monkeypatch):
     with pytest.raises(errors[end]) if end in errors else contextlib.nullcontext():
         script.main(Args(**options, run_dir=str(tmp_path / "run")))
     assert len(seen) == 2 and multiprocessing.active_children() == []
+    if end == "interrupted":  # and a resume that fails at once, as when a worker has died
+
+        def set_rng_states(*_):
+            seen.extend(multiprocessing.active_children())
+            raise EOFError
+
+        monkeypatch.setattr(script.WorkerEnvs, "set_rng_states", set_rng_states)
+        with pytest.raises(EOFError):
+            script.main(Args(**options, run_dir=str(tmp_path / "run"), resume=str(tmp_path / "run")))
+        assert len(seen) == 4 and multiprocessing.active_children() == []
 
 
 def test_checkpoints_come_as_often_as_asked_also_by_a_resume(tmp_path, monkeypatch):
