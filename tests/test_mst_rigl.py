@@ -228,7 +228,7 @@ def test_types_apply_to_hidden_layers_and_depth_to_their_number():
     kinds = [type(block.activation).__name__ for block in encoder.zs]
     assert kinds == ["ReLU"] * 8 + ["ELU"] and not encoder.zs[-1].residual and encoder.zs[1].residual
     assert [type(layer).__name__ for layer in encoder.zsa_mlp] == ["Block"] * 6 + ["Linear"]
-    assert [type(layer).__name__ for layer in critic.twins[1]] == ["Block"] * 9 + ["Linear"]
+    assert [type(layer).__name__ for layer in critic.twins[1]] == ["Block"] * 9 + ["ValueLayer"]
     assert [type(layer).__name__ for layer in actor] == ["Block"] * 6 + ["Linear"]
     assert isinstance(encoder.za[1], torch.nn.ELU)
 
