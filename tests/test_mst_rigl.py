@@ -1246,7 +1246,7 @@ def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(
     assert leaving.value.code == 1 and err.count("\n") == 1
     assert re.search(message, err) and str(tmp_path) in err
     checkpoint = checkpoint_of(tmp_path / "run")
-    assert checkpoint["record"]["global_step"] <= 220
+    assert checkpoint["record"]["global_step"] <= (220 if what == "weight" else 0)
     assert all(weight.isfinite().all() for net in checkpoint["agent"]["networks"].values() for weight in net.values())
 
 

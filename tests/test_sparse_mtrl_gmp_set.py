@@ -1127,7 +1127,8 @@ def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(what
     expected = {"loss": "losses/q is not finite at step 240", "weight": "log_alpha is not finite at step 300"}[what]
     assert leaving.value.code == 1 and re.search(expected, err) and err.count("\n") == 1, err
     checkpoint = load_checkpoint(str(tmp_path / "run"), "sparse_mtrl_gmp_set")
-    assert checkpoint["agent"]["log_alpha"].isfinite().all() and checkpoint["agent"]["updates"] < 50
+    assert checkpoint["agent"]["log_alpha"].isfinite().all()
+    assert checkpoint["agent"]["updates"] <= {"loss": 30, "weight": 49}[what]
 
 
 # --------------------------------------------------------------------------------------------------------- learning
