@@ -34,15 +34,15 @@ OBS_DIM, ACT_DIM = 5, 2
 # A real task in seconds, with topology changes, terminations and evaluations.
 TINY = {
     "env_id": "Hopper-v5",
-    "total_steps": 600,
+    "total_steps": 400,
     "learning_starts": 100,
-    "eval_every": 200,
+    "eval_every": 150,
     "eval_episodes": 2,
-    "buffer_size": 500,
+    "buffer_size": 330,
     "batch_size": 16,
     "target_update": 50,
     "width_scale": 1 / 32,
-    "rigl_interval": 100,
+    "rigl_interval": 60,
     "quiet": True,
 }
 
@@ -941,7 +941,7 @@ def test_the_command_leaves_every_file_and_ends_with_a_table(finished_run, tmp_p
     assert all(math.isfinite(value) for value in results["metrics"].values())
     with open(tmp_path / "run" / "evaluations.csv", newline="") as file:
         steps = [int(row["global_step"]) for row in csv.DictReader(file)]
-    assert len(steps) == 3 and 200 <= steps[0] < 400 <= steps[1] < steps[2] == 600
+    assert len(steps) == 3 and 150 <= steps[0] < 300 <= steps[1] < steps[2] == 400
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     # a subprocess and a call of main are the same run
     assert_same_run(tmp_path / "run", finished_run["run_dir"])
@@ -961,7 +961,7 @@ def test_tensorboard_has_the_named_scalars(finished_run):
         assert all(math.isfinite(event.value) for event in events.Scalars(tag)), tag
     # a return for each episode that ended, none for the one that the end of the run cut
     data = finished_run["checkpoint"]["agent"]["replay"]["data"]
-    assert data["is_step"][(finished_run["checkpoint"]["agent"]["replay"]["head"] - 1) % 500]
+    assert data["is_step"][(finished_run["checkpoint"]["agent"]["replay"]["head"] - 1) % TINY["buffer_size"]]
     assert events.Scalars("charts/episodic_return")[-1].step < TINY["total_steps"]
 
 
@@ -985,12 +985,13 @@ def test_checkpoint_every_may_change_on_resume(tmp_path, monkeypatch, first, the
 
 def test_episodes_that_are_too_short_for_the_encoder_are_refused(tmp_path):
     options = TINY | {"env_id": "dmc/cartpole-swingup", "action_repeat": 250, "run_dir": str(tmp_path / "run")}
+    options |= {"learning_starts": 20}
     with pytest.raises(ArgumentError, match="--action-repeat 250: no episode is as long as 5 agent steps"):
         mst_rigl.main(Args(**options))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize(("interval", "modules"), [(374, []), (375, ["critic"])])
+@pytest.mark.parametrize(("interval", "modules"), [(224, []), (225, ["critic"])])
 def test_a_topology_that_will_never_change_is_said(tmp_path, monkeypatch, interval, modules):
     said = []
     monkeypatch.setattr(mst_rigl.Recorder, "say", lambda _, line: said.append(line))
@@ -1084,14 +1085,14 @@ def test_a_run_killed_before_its_results_were_written_ends_on_resume(finished_ru
 def test_dm_control_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     """An action repeat, episodes that are truncated only: after 125 steps."""
     options = TINY | {"env_id": "dmc/cartpole-swingup", "action_repeat": 8}
-    options |= {"total_steps": 300, "eval_every": 125, "learning_starts": 110}
+    options |= {"total_steps": 300, "eval_every": 125, "learning_starts": 210}
     whole, broken, calls = tmp_path / "whole", tmp_path / "broken", []
     mst_rigl.main(Args(**options, run_dir=str(whole)))
     true_update = Agent.update
 
     def update(agent):
         calls.append(None)
-        if len(calls) == 30:
+        if len(calls) == 20:
             os.kill(os.getpid(), signal.SIGTERM)
         return true_update(agent)
 
@@ -1151,7 +1152,7 @@ def test_bad_resumes_give_one_line_and_exit_2(finished_run, monkeypatch, capsys,
     run_dir = shutil.copytree(finished_run["run_dir"], tmp_path / "run")
     (run_dir / "results.json").unlink()
     words = ["--resume", str(run_dir)]
-    contradiction = r"--total-steps 700: contradicts.*600"
+    contradiction = r"--total-steps 700: contradicts.*400"
     assert_refused([*words, "--total-steps", "700"], contradiction, monkeypatch, capsys, tmp_path)
     assert_refused(["--run-dir", str(run_dir)], r"holds a run already.*--resume", monkeypatch, capsys, tmp_path)
     checkpoint = run_dir / "checkpoint.pt"
