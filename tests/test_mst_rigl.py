@@ -965,22 +965,23 @@ def test_tensorboard_has_the_named_scalars(finished_run):
     assert events.Scalars("charts/episodic_return")[-1].step < TINY["total_steps"]
 
 
-@pytest.mark.parametrize(("first", "then", "saves"), [(60, 0, 1), (0, 60, 4)])
+@pytest.mark.parametrize(("first", "then", "saves"), [(20, 0, 1), (0, 20, 4)])
 def test_checkpoint_every_may_change_on_resume(tmp_path, monkeypatch, first, then, saves):
     true_update, true_save, saved = Agent.update, mst_rigl.Recorder.save, []
 
     def update(agent):
-        if agent.updates == 100:
+        if agent.updates == 20:
             os.kill(os.getpid(), signal.SIGTERM)
         return true_update(agent)
 
     run_dir = str(tmp_path / "run")
+    options = TINY | {"total_steps": 250, "run_dir": run_dir}
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Agent, "update", update)
-        mst_rigl.main(Args(**TINY, run_dir=run_dir, checkpoint_every=first))
+        mst_rigl.main(Args(**options, checkpoint_every=first))
     monkeypatch.setattr(mst_rigl.Recorder, "save", lambda *a: saved.append(a[1]) or true_save(*a))
-    mst_rigl.main(Args(**TINY, run_dir=run_dir, resume=run_dir, checkpoint_every=then))
-    assert saved[-1] == TINY["total_steps"] and (len(saved) == 1 if saves == 1 else len(saved) >= saves), saved
+    mst_rigl.main(Args(**options, resume=run_dir, checkpoint_every=then))
+    assert saved[-1] == options["total_steps"] and (len(saved) == 1 if saves == 1 else len(saved) >= saves), saved
 
 
 def test_episodes_that_are_too_short_for_the_encoder_are_refused(tmp_path):
