@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import metrics
-from common.envs import get_rng_state, make_env, record_video, set_rng_state
+from common.envs import can_draw, get_rng_state, make_env, record_video, set_rng_state
 from common.recorder import (
     ArgumentError,
     Recorder,
@@ -101,7 +101,7 @@ class Args:
     resume: str | None = None
     """go on with the run in this folder; its arguments are used"""
     evaluate: str | None = None
-    """evaluate the run in this folder, print the table (unless quiet), do nothing else"""
+    """evaluate the run in this folder with its arguments, print the table (unless quiet), do nothing else"""
     episodes: int = 10
     """episodes of --evaluate"""
     run_dir: str | None = None
@@ -113,7 +113,7 @@ class Args:
     compile: bool = False
     """compile the losses and the critics' targets with torch.compile"""
     bf16: bool = False
-    """products of the updates in bfloat16 (autocast), for GPUs and CPUs with AMX; not bit-comparable with float32"""
+    """products of the updates in bfloat16 (autocast), where hardware has them; not bit-comparable with float32"""
     checkpoint_every: int = 50_000
     """agent steps between checkpoints, at the next episode's end; 0: at the start, the end and on a signal only"""
     quiet: bool = False
@@ -401,9 +401,10 @@ class Topology:
         self.changed = new / max(1, total)
 
     def overlap(self) -> float:
-        """Share of today's connections that the first topology had."""
+        """Share of today's connections that the first topology had, in the layers that have a mask; 1 if none has."""
         shared = sum(int((mask & self.initial[name]).sum()) for name, mask in self.masks.items())
-        return shared / max(1, sum(int(mask.sum()) for mask in self.masks.values()))
+        total = sum(int(mask.sum()) for mask in self.masks.values())
+        return shared / total if total else 1.0
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in ("masks", "initial", "updates", "changed")}
@@ -592,7 +593,7 @@ def td_target(
     reward, not_done = multi_step_return(batch["reward"], batch["not_done"], gamma)
     next_zs = targets["encoder"].zs(batch["next_obs"])
     action_noise = (torch.randn_like(batch["action"]) * noise_std).clamp(-noise_clip, noise_clip)
-    next_action = (torch.tanh(targets["actor"](next_zs)) + action_noise).clamp(-1, 1)
+    next_action = (torch.tanh(targets["actor"](next_zs).float()) + action_noise).clamp(-1, 1)
     next_q = targets["critic"](targets["encoder"].zsa(next_zs, next_action)).amin(1, keepdim=True)
     return (reward + not_done * gamma**Q_HORIZON * next_q * old_scale) / scale
 
@@ -811,6 +812,7 @@ def check_args(args: Args) -> None:
         require(args, name, getattr(args, name) > 2 * ENCODER_HORIZON, f"above {2 * ENCODER_HORIZON}")
     require(args, "checkpoint_every", args.checkpoint_every >= 0, "at least 0")
     require(args, "seed", 0 <= args.seed < 2**32, "at least 0 and below 2**32")
+    require(args, "capture_video", can_draw() or not args.capture_video, "off: no EGL library is here to draw with")
     for name in ("encoder_lr", "critic_lr", "actor_lr", "max_grad_norm", "width_scale"):
         require(args, name, 0 < getattr(args, name) < math.inf, "a positive number")
     for name in ("exploration_noise", "target_noise", "noise_clip", "weight_decay"):
@@ -897,12 +899,12 @@ def main(args: Args) -> dict:
 
     def save() -> None:
         """Checkpoint; only at an episode's end, where an environment's future is its random state."""
-        for name, weight in agent.named_weights():
-            recorder.require_finite(name, weight, at["step"])
+        recorder.require_finite_weights(agent.named_weights(), at["step"])
         recorder.save(at["step"], {"agent": agent.state_dict(), "random": random_state(device), "at": at})
 
     def evaluate() -> bool:
         """Evaluate the policy; False if a signal came in between: then nothing is recorded."""
+        recorder.require_finite_weights(agent.named_weights(), at["step"])
         video = recorder.run_dir / "videos" / f"step-{at['step']}" if args.capture_video else None
         with closing(build_env(args, EVAL_EPISODES, video)) as eval_env:
             seed = (args.seed, EVAL_EPISODES)

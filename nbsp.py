@@ -12,20 +12,19 @@ Read first: `goal_proximity` and `neuron_scores` (Algorithm 1), `skill_neurons`,
 (Eq. 6), `PreviousTasks` (Eq. 7), then `Agent.update` and `main`.
 
     python nbsp.py --quick                                          # two easy tasks, twice: 11 to 16 minutes on a CPU
-    python nbsp.py --task-seq window-open,window-close --cycles 2   # the paper's first cycle, 500 000 steps a task
+    python nbsp.py --task-seq window-open,window-close --cycles 2   # the paper's first cycle, 500 000 steps a visit
 
-There is no public code. What the paper leaves open, and what we chose:
+There is no public code. Where we differ from the paper (1, 3), and what we chose where it is silent:
 
 1. Adam divides a constant scale of the gradient away. So the mask scales the weight's step, and Adam's moments see the
    whole gradient (`--mask-target update`); `gradient` is the paper's letter.
-2. A step's goal proximity is its success flag (`--gpm`); where that never changes the distance to the target, or else
-   the reward.
+2. A step's goal proximity is its success flag (`--gpm`); where that changes in no episode the distance to the target,
+   or else the reward.
 3. Neurons that are constant while scored are no skill neurons: by the formula a dead one scores the share of failures
    or of successes, whichever is larger. One that fires in a single step scores about as much, and is chosen: with
    rare success the score says little.
 4. "Earlier tasks" are all that were trained before, with the present one when it comes again; each by its latest scores
    and its latest transitions.
-5. Batches are drawn from the old tasks instead of the present one, not mixed with it.
 """
 
 import copy
@@ -42,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import metrics
-from common.envs import get_rng_state, make_env, record_video, set_rng_state, task_sequence
+from common.envs import can_draw, get_rng_state, make_env, record_video, set_rng_state, task_sequence
 from common.recorder import (
     ArgumentError,
     Recorder,
@@ -95,7 +94,7 @@ class Args:
     resume: str | None = None
     """go on with the run in this folder; its arguments are used"""
     evaluate: str | None = None
-    """evaluate the run in this folder on its tasks, print the table, do nothing else"""
+    """evaluate the run in this folder with its arguments, print the table, do nothing else"""
     episodes: int = 10
     """episodes per task of --evaluate"""
     run_dir: str | None = None
@@ -121,7 +120,7 @@ class Args:
     task_one_hot: bool = False
     """append the task's index to observations, one-hot"""
     eval_every: int = 10_000
-    """environment steps between evaluations on all tasks; the end of a visit is always evaluated"""
+    """environment steps between evaluations on all tasks, at the next episode's end; each visit's end has one"""
     eval_episodes: int = 10
     """deterministic episodes per task and evaluation"""
 
@@ -231,12 +230,14 @@ class Critic(nn.Module):
 def goal_proximity(rollout: dict[str, Tensor], gpm: str) -> tuple[Tensor, str]:
     """Goal proximity q(t) of each step, (T,), and the measure that it is: the first that changes, or "none".
 
-    rollout: `success`, `distance` (obj_to_target, m) and `reward` of each step, (T,) each. A constant q cannot tell
-    neurons apart. After `gpm` come distance, which on many tasks is constant until the object is moved, and reward.
+    rollout: `success`, `distance` (obj_to_target, m), `reward` and `episode` (number) of each step, (T,) each. A q that
+    is constant in every episode knows at most the goal, not the way there. After `gpm` come distance, which on many
+    tasks is constant until the object is moved (and on some always), and reward.
     """
+    episodes = [rollout["episode"] == number for number in rollout["episode"].unique()]
     for measure in (gpm, "distance", "reward"):
         q = -rollout["distance"] if measure == "distance" else rollout[measure]
-        if q.max() - q.min() > CONSTANT:
+        if any(q[steps].max() - q[steps].min() > CONSTANT for steps in episodes):
             return q, measure
     return torch.zeros_like(q), "none"
 
@@ -343,7 +344,7 @@ class ReplayBuffer:
     """Ring of transitions in preallocated tensors. Meta-World never terminates, so there is no terminal flag."""
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        new = partial(torch.zeros, device=device)  # pages of zeros take no memory before they are written
+        new = partial(torch.zeros, device=device)  # on a CPU, pages of zeros take no memory before they are written
         self.data = {
             "obs": new(capacity, obs_dim),
             "next_obs": new(capacity, obs_dim),
@@ -655,6 +656,7 @@ def check_args(args: Args) -> None:
     for name in ("gamma", "tau", "skill_proportion", "mask_factor"):
         require(args, name, 0 <= getattr(args, name) <= 1, "between 0 and 1")
     require(args, "seed", args.seed < 2**32, "below 2**32")
+    require(args, "capture_video", can_draw() or not args.capture_video, "off: no EGL library is here to draw with")
     require(args, "score_steps", args.score_steps >= 2, "at least 2")
     require(args, "buffer_size", args.buffer_size >= args.batch_size, f"at least --batch-size {args.batch_size}")
     below = f"below --steps-per-task {args.steps_per_task}"
@@ -721,21 +723,21 @@ def evaluate_task(
 def score_rollout(actor: Actor, args: Args, tasks: list[str], index: int, stop=None) -> dict[str, Tensor] | None:
     """`--score-steps` steps of the deterministic actor on one task, on goals of their own; None if `stop()` said so.
 
-    -> `obs` (T, obs_dim), `action` (T, act_dim), `success`, `distance` and `reward` (T,).
+    -> `obs` (T, obs_dim), `action` (T, act_dim), `success`, `distance`, `reward` and `episode` (number), (T,) each.
     """
-    env, episode, truncated = make_task(args, tasks, index), 0, True
-    rows = {"obs": [], "action": [], "success": [], "distance": [], "reward": []}
+    env, episode, truncated = make_task(args, tasks, index), -1, True
+    rows = {"obs": [], "action": [], "success": [], "distance": [], "reward": [], "episode": []}
     try:
         for _ in range(args.score_steps):
             if stop is not None and stop():
                 return None
             if truncated:
+                episode += 1
                 seed = np.random.SeedSequence((args.seed, SCORE_GOALS, index, episode)).generate_state(1)[0]
                 obs, _ = env.reset(seed=int(seed))
-                episode += 1
             action = actor.act(obs, deterministic=True)
             next_obs, reward, _, truncated, info = env.step(action)
-            row = (obs, action, info["success"], info["obj_to_target"], reward)
+            row = (obs, action, info["success"], info["obj_to_target"], reward, episode)
             for column, value in zip(rows.values(), row, strict=True):
                 column.append(value)
             obs = next_obs
@@ -916,12 +918,12 @@ def main(args: Args) -> dict:
 
     def save() -> None:
         """Checkpoint; only at an episode's end, where an environment's future is its random state."""
-        for name, weight in agent.named_weights():
-            recorder.require_finite(name, weight, global_step())
+        recorder.require_finite_weights(agent.named_weights(), global_step())
         recorder.save(global_step(), {"agent": agent.state_dict(), "random": random_state(device), "at": at})
 
     def evaluate_all() -> bool:
         """Evaluate on all tasks; False if a signal came in between: then nothing is recorded."""
+        recorder.require_finite_weights(agent.named_weights(), global_step())
         video = recorder.run_dir / "videos" / f"step-{global_step()}" if args.capture_video else None
         results = {}
         for index in range(len(tasks)):

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import metrics
-from common.envs import get_rng_state, make_env, record_video, set_rng_state
+from common.envs import can_draw, get_rng_state, make_env, record_video, set_rng_state
 from common.recorder import (
     ArgumentError,
     Recorder,
@@ -95,7 +95,7 @@ class Args:
     resume: str | None = None
     """go on with the run in this folder; its arguments are used"""
     evaluate: str | None = None
-    """evaluate the run in this folder on its tasks, print the table, do nothing else"""
+    """evaluate the run in this folder with its arguments, print the table, do nothing else"""
     episodes: int = 10
     """episodes per task of --evaluate"""
     run_dir: str | None = None
@@ -121,7 +121,7 @@ class Args:
     action_repeat: int = 1
     """environment steps per action; all other step counts are counts of actions"""
     eval_every: int = 5000
-    """steps between evaluations on the present task; all tasks are evaluated at the end of each visit"""
+    """steps between evaluations on the present task, at the next episode's end; a visit's end evaluates all tasks"""
     eval_episodes: int = 10
     """deterministic episodes per task and evaluation"""
 
@@ -151,7 +151,7 @@ class Args:
 
     # Neuroplastic Expansion
     method: str = "ne"
-    """ne; static: sparse masks that never change; td3: dense networks"""
+    """ne; static: sparse masks that never change, no review; td3: dense networks"""
     initial_density: float = 0.2
     """share of the weights that actor and critics start with"""
     final_density: float = 1.0
@@ -321,9 +321,9 @@ class Topology:
             mask &= ~pruned
             self._clear(i, "weight", pruned, optimizer)
             # A hidden neuron that lost all inputs starts anew: bias 0, and weights drawn when inputs grow back. With
-            # weights of 0 both factors of their gradients would be 0 for ever.
+            # weights of 0 it would stay silent, and a silent ReLU passes no gradient on.
             orphans = ~mask.any(1) if i < len(self.layers) - 1 else torch.zeros_like(mask[:, 0])
-            self._clear(i, "bias", orphans, optimizer)
+            self._clear(i, "bias", orphans & pruned.any(1), optimizer)
 
             score = gradients[i].abs() if args.growth == "gradient" else tied
             count = self.counts[i] - int(pruned.sum())
@@ -666,6 +666,7 @@ def check_args(args: Args) -> None:
     for name in ("initial_density", "topology_end", "review_fraction"):
         require(args, name, 0 < getattr(args, name) <= 1, "above 0 and at most 1")
     require(args, "seed", args.seed < 2**32, "below 2**32")
+    require(args, "capture_video", can_draw() or not args.capture_video, "off: no EGL library is here to draw with")
     allowed = f"at least --initial-density {args.initial_density} and at most 1"
     require(args, "final_density", args.initial_density <= args.final_density <= 1, allowed)
     below = f"below --steps-per-task {args.steps_per_task}"
@@ -698,8 +699,9 @@ def new_agent(args: Args, device: torch.device) -> Agent:
     for net, topologies in agent.topologies.items():
         least = min(topologies[0].start)
         require(args, "initial_density", least > 0, f"higher: a layer of the {net} gets no connection")
-        never = args.method == "ne" and args.growth != "none" and agent.end[net] < 1
-        require(args, "topology_end", not never, f"higher: the {net} makes no update before")
+        if args.method == "ne" and args.growth != "none":
+            require(args, "topology_end", agent.end["critic"] >= 1, "higher: the critic makes no update before")
+            require(args, "policy_delay", agent.end[net] >= 1, "smaller: the actor makes no update while networks grow")
     return agent
 
 
@@ -807,12 +809,12 @@ def main(args: Args) -> dict:
 
     def save() -> None:
         """Checkpoint; only at an episode's end, where an environment's future is its random state."""
-        for name, weight in agent.named_weights():
-            recorder.require_finite(name, weight, global_step())
+        recorder.require_finite_weights(agent.named_weights(), global_step())
         recorder.save(global_step(), {"agent": agent.state_dict(), "random": random_state(device), "at": at})
 
     def evaluate(indices: list[int]) -> bool:
         """Evaluate on these tasks; False if a signal came in between: then nothing is recorded."""
+        recorder.require_finite_weights(agent.named_weights(), global_step())
         video = recorder.run_dir / "videos" / f"step-{global_step()}" if args.capture_video else None
         results = {}
         for index in indices:

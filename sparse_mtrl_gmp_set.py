@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import metrics
-from common.envs import TaskEnvs, WorkerEnvs, make_env, record_video, task_sequence
+from common.envs import TaskEnvs, WorkerEnvs, can_draw, make_env, record_video, task_sequence
 from common.recorder import (
     ArgumentError,
     Recorder,
@@ -94,7 +94,7 @@ class Args:
     resume: str | None = None
     """go on with the run in this folder; its arguments are used"""
     evaluate: str | None = None
-    """evaluate the run in this folder on its tasks, print the table unless --quiet, do nothing else"""
+    """evaluate the run in this folder with its arguments, print the table unless --quiet, do nothing else"""
     episodes: int = 10
     """episodes per task of --evaluate"""
     run_dir: str | None = None
@@ -188,7 +188,7 @@ class Args:
     reset_every: int = 100_000
     """updates between resets of the output layers, at most two of them (paper Table 5)"""
     weight_decay: float = 1e-6
-    """AdamW's coefficient under --intervention weight-decay (paper Table 5)"""
+    """AdamW's coefficient under --intervention weight-decay (paper Table 5; no float32 weight feels it)"""
 
 
 # --------------------------------------------------------------------------------------------------------- networks
@@ -224,7 +224,7 @@ class ExpertNorm(nn.Module):
 
 
 class TaskHeads(nn.Module):
-    """An output layer per task, in one batched product. Weight (tasks, inputs, outputs), U(-scale, scale)."""
+    """Parameters of an output layer per task. Weight (tasks, inputs, outputs), U(-scale, scale)."""
 
     def __init__(self, tasks: int, inputs: int, outputs: int, scale: float):
         super().__init__()
@@ -512,7 +512,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, tasks: int, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        new = partial(torch.zeros, tasks, capacity, device=device)  # pages of zeros take no memory before being written
+        new = partial(torch.zeros, tasks, capacity, device=device)  # on a CPU, unwritten pages of zeros take no memory
         self.data = {"obs": new(obs_dim), "next_obs": new(obs_dim), "action": new(act_dim), "reward": new()}
         self.task_index, self.capacity, self.added = torch.arange(tasks, device=device)[:, None], capacity, 0
 
@@ -626,6 +626,13 @@ class Agent:
                 masks = [random_mask(layer.mask.shape[1:], count) for _ in layer.mask]
                 apply_mask(layer, torch.stack(masks).to(self.device), optimizer)
 
+    def prune_if_due(self) -> dict[str, float]:
+        """After an update: a pruning step of GMP, if it is time. Returns what there is to log."""
+        if self.args.sparsify != "gmp" or self.updates % self.args.prune_every != 0:
+            return {}
+        self.prune_networks()
+        return self.densities()
+
     def prune_networks(self) -> None:
         """A pruning step of GMP, at the sparsity of the present update."""
         args = self.args
@@ -650,11 +657,13 @@ class Agent:
                 apply_mask(layer, mask, optimizer)
 
     def intervene(self) -> dict[str, float]:
-        """After an update: prune, rewire, recycle or reset if it is time. Returns what there is to log."""
+        """Before an update: rewire, recycle or reset, if it is time. Returns what there is to log.
+
+        Before and not after: the evaluations in between, and the end of the run, see weights that were trained.
+        """
         args, report = self.args, {}
-        if args.sparsify == "gmp" and self.updates % args.prune_every == 0:
-            self.prune_networks()
-            report |= self.densities()
+        if self.updates == 0:
+            return report
         if args.sparsify == "set" and self.updates % args.evolve_every == 0:
             self.evolve_networks()
         if args.intervention == "redo" and self.updates % args.redo_every == 0:
@@ -734,8 +743,6 @@ class Agent:
 
     def plasticity(self) -> dict[str, Tensor]:
         """Plasticity metrics of actor and critics on replayed transitions. Takes no random number from the training."""
-        if len(self.replay) == 0:
-            return {}
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.args.seed)
             batch = self.replay.sample(max(1, METRIC_BATCH // self.tasks))
@@ -859,6 +866,7 @@ def check_args(args: Args) -> list[str]:
     for name in ("checkpoint_every", "learning_starts", "num_workers", "dormant_tau", "weight_decay"):
         require(args, name, 0 <= getattr(args, name) < math.inf, "at least 0")
     require(args, "seed", 0 <= args.seed < 2**32, "at least 0 and below 2**32")
+    require(args, "capture_video", can_draw() or not args.capture_video, "off: no EGL library is here to draw with")
     for name in ("learning_rate", "max_grad_norm", "max_q"):
         require(args, name, 0 < getattr(args, name) < math.inf, "a positive number")
     for name in ("gamma", "tau", "zeta"):
@@ -886,14 +894,14 @@ def check_args(args: Args) -> list[str]:
     # else the run would end before its final sparsity, or without its intervention, in silence
     last = updates // args.prune_every * args.prune_every
     reached = args.sparsify != "gmp" or last >= args.prune_end * updates
-    require(args, "prune_every", reached, f"smaller: no pruning step falls into the last part of {updates} updates")
+    final = f"{math.ceil(args.prune_end * updates)} to {updates}"
+    require(args, "prune_every", reached, f"so that a multiple of it is among the final updates, {final}")
     for name, wanted in (
         ("evolve_every", args.sparsify == "set"),
         ("redo_every", args.intervention == "redo"),
         ("reset_every", args.intervention == "reset"),
     ):
-        happens = not wanted or getattr(args, name) <= updates
-        require(args, name, happens, f"at most the number of updates, {updates}")
+        require(args, name, not wanted or getattr(args, name) < updates, f"below the number of updates, {updates}")
     return tasks
 
 
@@ -981,12 +989,12 @@ def main(args: Args) -> dict:
 
     def save() -> None:
         """Checkpoint; only at an episode's end, where an environment's future is its random state."""
-        for name, weight in agent.named_weights():
-            recorder.require_finite(name, weight, at["step"])
+        recorder.require_finite_weights(agent.named_weights(), at["step"])
         recorder.save(at["step"], {"agent": agent.state_dict(), "random": random_state(device), "at": at})
 
     def evaluate() -> None:
         """Evaluate on all tasks. If a signal comes in between, nothing is recorded and it is done again on resume."""
+        recorder.require_finite_weights(agent.named_weights(), at["step"])
         video = recorder.run_dir / "videos" / f"step-{at['step']}" if args.capture_video else None
         results = []
         for index in range(len(tasks)):
@@ -1003,7 +1011,7 @@ def main(args: Args) -> dict:
         if args.sparsify != "gmp":  # which logs them when it prunes
             recorder.log(at["step"], densities)
         blind = [name for name in ("critic1", "critic2") if densities[f"sparsity/{name}/action"] == 0]
-        if blind:  # the actor has nothing left to learn from
+        if blind:  # such a critic has no gradient for the actor
             recorder.say(f"warning: no connection from the action into {' and '.join(blind)} is left")
         following = (at["step"] // args.eval_every + 1) * args.eval_every
         at["next_eval"] = min(following, total_steps) if at["step"] < total_steps else math.inf
@@ -1043,8 +1051,9 @@ def main(args: Args) -> dict:
                 at["step"] += len(tasks)
                 if not learning:
                     continue
-                losses = agent.update()
                 recorder.log(at["step"], agent.intervene())
+                losses = agent.update()
+                recorder.log(at["step"], agent.prune_if_due())
                 if agent.updates % LOG_EVERY == 0:
                     for name, value in losses.items():
                         recorder.require_finite(f"losses/{name}", value, at["step"])

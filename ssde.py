@@ -31,6 +31,7 @@ import csv
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ from sklearn.decomposition import sparse_encode
 from torch import Tensor, nn
 
 from common import metrics
-from common.envs import TASK_DESCRIPTIONS, get_rng_state, make_env, record_video, set_rng_state, task_sequence
+from common.envs import TASK_DESCRIPTIONS, can_draw, get_rng_state, make_env, record_video, set_rng_state, task_sequence
 from common.recorder import (
     ArgumentError,
     Recorder,
@@ -97,7 +98,7 @@ class Args:
     resume: str | None = None
     """go on with the run in this folder; its arguments are used"""
     evaluate: str | None = None
-    """evaluate the run in this folder on the tasks it has seen, print the table, do nothing else"""
+    """evaluate the run in this folder with its arguments on the tasks it has seen, print the table, do nothing else"""
     episodes: int = 10
     """episodes per task of --evaluate"""
     run_dir: str | None = None
@@ -107,7 +108,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads of PyTorch; one per run is the fastest use of a machine that trains several seeds"""
     compile: bool = False
-    """compile the losses with torch.compile"""
+    """compile the losses of critics and actor with torch.compile"""
     checkpoint_every: int = 50_000
     """environment steps between checkpoints, at the next episode's end; 0: at the start, task borders, signals only"""
     quiet: bool = False
@@ -159,7 +160,7 @@ class Args:
 
     # SSDE
     method: str = "ssde"
-    """ssde; finetune: one dense policy trained on; scratch: one dense policy drawn anew for each task"""
+    """ssde; finetune: one dense policy trained on; scratch: one drawn anew for each task; both without resets"""
     task_encoder: str = "bundled"
     """bundled (all-MiniLM-L6-v2, shipped vectors), or any sentence-transformers name or folder"""
     task_descriptions: str | None = None
@@ -362,6 +363,13 @@ def random_dictionary(atoms: int, dimension: int, seed: tuple[int, ...]) -> np.n
     return dictionary / np.maximum(np.linalg.norm(dictionary, axis=1, keepdims=True), 1.0)
 
 
+def dictionaries(dimension: int, task: int, width: int, layers: int, seed: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Global and local dictionary of each hidden layer, an atom of `dimension` entries per neuron."""
+    for layer in range(layers):
+        shared = random_dictionary(width, dimension, (seed, GLOBAL_DICTIONARY, layer))
+        yield shared, random_dictionary(width, dimension, (seed, LOCAL_DICTIONARY, layer, task))
+
+
 def sparse_prompt(embedding: np.ndarray, dictionary: np.ndarray, sparsity: float) -> np.ndarray:
     """Neurons that a task picks: 1[alpha > 0], alpha = argmin 1/2 |e - D^T alpha|^2 + sparsity |alpha|_1.
 
@@ -380,9 +388,7 @@ def task_neurons(
     task, gives every task neurons of its own. Raises ArgumentError if a layer gets none.
     """
     masks = []
-    for layer in range(layers):
-        shared = random_dictionary(width, len(embedding), (seed, GLOBAL_DICTIONARY, layer))
-        local = random_dictionary(width, len(embedding), (seed, LOCAL_DICTIONARY, layer, task))
+    for layer, (shared, local) in enumerate(dictionaries(len(embedding), task, width, layers, seed)):
         mask = sparse_prompt(embedding, shared, lambda_global) | sparse_prompt(embedding, local, lambda_local)
         if not mask.any():
             sparsities = f"--lambda-global {lambda_global} --lambda-local {lambda_local}"
@@ -551,8 +557,7 @@ def reset_dormant(
         for parameter, value in ((layer.weight, start.weight), (layer.bias, start.bias)):
             parameter[dormant] = value[dormant]
             for moment in ("exp_avg", "exp_avg_sq"):
-                if parameter in optimizer.state:
-                    optimizer.state[parameter][moment][dormant] = 0
+                optimizer.state[parameter][moment][dormant] = 0
         counts.append(int(dormant.sum()))
     return counts
 
@@ -640,7 +645,7 @@ def actor_loss(policy: TaskPolicy, critics: nn.ModuleList, log_alpha: Tensor, ob
 def distillation_loss(policy: TaskPolicy, obs: Tensor) -> Tensor:
     """KL(pi || N(0, 1)) before the squash.
 
-    Frozen weights already decide a later task's first actions; this brings back the exploration of an untrained policy.
+    Frozen weights already decide a later task's first actions; this makes the policy explore widely again.
     """
     mean, std = policy(obs)
     return (0.5 * (mean.square() + std.square() - 1) - std.log()).sum(-1).mean()
@@ -669,15 +674,36 @@ class Agent:
 
     # ----------------------------------------------------------------------------------------------- task borders
 
+    def sparsities(self, task: int) -> tuple[float, float]:
+        """lambda over the global and over the task's own dictionary."""
+        args = self.args
+        end = args.lambda_local if args.lambda_local_end is None else args.lambda_local_end
+        progress = task / max(1, len(self.embeddings) - 1)
+        return args.lambda_global, args.lambda_local + (end - args.lambda_local) * progress
+
+    def neurons(self, task: int) -> list[Tensor]:
+        """Masks of the task's neurons, (width,) for each hidden layer. Raises ArgumentError if a layer gets none."""
+        sizes = (self.args.hidden_dim, self.args.hidden_layers, self.args.seed)
+        return task_neurons(self.embeddings[task], task, *sizes, *self.sparsities(task))
+
+    def refuse_empty_tasks(self) -> None:
+        """Raise ArgumentError now if a later task would get no neurons, which else stops the run at that task's start.
+
+        Encoding every task takes too long here. Encoded are those for whom no atom of a layer is as near as lambda:
+        LASSO picks hardly any, which is quick.
+        """
+        for task, embedding in enumerate(self.embeddings):
+            sizes = (self.args.hidden_dim, self.args.hidden_layers, self.args.seed)
+            for pair in dictionaries(len(embedding), task, *sizes):
+                nearest = [(dictionary @ embedding).max() for dictionary in pair]
+                if all(near <= sparsity for near, sparsity in zip(nearest, self.sparsities(task), strict=True)):
+                    self.neurons(task)
+
     def begin_task(self, task: int) -> None:
         """Allocate and cut the task's sub-network; draw fresh critics, targets, temperature and optimizers."""
         args = self.args
         if args.method == "ssde":
-            end = args.lambda_local if args.lambda_local_end is None else args.lambda_local_end
-            progress = task / max(1, len(self.embeddings) - 1)
-            lambda_local = args.lambda_local + (end - args.lambda_local) * progress
-            sparsity = (args.lambda_global, lambda_local)
-            masks = task_neurons(self.embeddings[task], task, args.hidden_dim, args.hidden_layers, args.seed, *sparsity)
+            masks = self.neurons(task)
             trainable_weight = 1 - args.beta if args.trainable_weight is None else args.trainable_weight  # Eq. 7
             self.shared.allocate(masks, args.beta, trainable_weight)
         else:
@@ -749,7 +775,7 @@ class Agent:
         self.policy = None
 
     def policy_of(self, task: int) -> TaskPolicy:
-        """The policy to evaluate on `task`. A baseline has one only; so has a task that SSDE has not seen yet."""
+        """The policy to evaluate on `task`: its own, or for a baseline and a task not begun yet the latest."""
         if self.args.method == "ssde" and task < self.task:
             return self.shared.cut(task)
         return self.shared.cut(self.task) if self.policy is None else self.policy
@@ -901,6 +927,7 @@ def check_args(args: Args) -> None:
     finite = args.trainable_weight is None or math.isfinite(args.trainable_weight)
     require(args, "trainable_weight", finite, "a finite number")
     require(args, "seed", args.seed < 2**32, "below 2**32")
+    require(args, "capture_video", can_draw() or not args.capture_video, "off: no EGL library is here to draw with")
     below = f"below --steps-per-task {args.steps_per_task}"
     require(args, "learning_starts", args.learning_starts < args.steps_per_task, below)
 
@@ -912,7 +939,9 @@ def task_sentences(tasks: list[str], file: str | None) -> list[str]:
         try:
             for name, sentence in json.loads(Path(file).read_text()).items():
                 [task] = task_sequence(name)
-                descriptions[task] = str(sentence)
+                if not isinstance(sentence, str):
+                    raise ValueError(f"{name} has no sentence")
+                descriptions[task] = sentence
         except (OSError, ValueError, AttributeError) as error:
             raise ArgumentError(f"--task-descriptions {file}: need JSON {{task: sentence}} ({error})") from None
     return [descriptions[task] for task in tasks]
@@ -1089,8 +1118,10 @@ def main(args: Args) -> dict:
 
     torch.manual_seed(args.seed)
     agent = Agent(args, embeddings, *env_sizes(tasks[0]), device)
-    if checkpoint is None:
-        agent.begin_task(0)  # before there is a folder: a lambda that leaves the first task no neuron is refused here
+    if checkpoint is None:  # what a lambda makes impossible is refused before there is a folder
+        if args.method == "ssde":
+            agent.refuse_empty_tasks()
+        agent.begin_task(0)
     label = args.task_seq.replace(",", "+") if len(args.task_seq) < 40 else f"{len(tasks)}tasks"
     total_steps = len(tasks) * args.steps_per_task
     recorder = Recorder(args, "ssde", f"ssde__{label}__{args.seed}", tasks, total_steps, checkpoint)
@@ -1107,14 +1138,14 @@ def main(args: Args) -> dict:
 
     def save() -> None:
         """Checkpoint; only at an episode's end, where an environment's future is its random state."""
-        for name, weight in agent.named_weights():
-            recorder.require_finite(name, weight, global_step())
+        recorder.require_finite_weights(agent.named_weights(), global_step())
         state = {"agent": agent.state_dict(), "random": random_state(device), "at": at}
         state |= {"embeddings": torch.from_numpy(embeddings), "reference": reference}
         recorder.save(global_step(), state)
 
     def evaluate() -> bool:
         """Evaluate on the tasks seen so far, or all. False if a signal came in between: then nothing is recorded."""
+        recorder.require_finite_weights(agent.named_weights(), global_step())
         video = recorder.run_dir / "videos" / f"step-{global_step()}" if args.capture_video else None
         results = {}
         for index in range(len(tasks) if args.eval_all else at["phase"] + 1):

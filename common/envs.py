@@ -324,7 +324,8 @@ class _CommonInterface(gym.Wrapper):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
         self.action_repeat = action_repeat
-        self.metadata = {**env.metadata, "render_fps": round(env.metadata.get("render_fps", 30) / action_repeat)}
+        fps = round(env.metadata.get("render_fps", 30) / action_repeat)
+        self.metadata = {**env.metadata, "render_fps": max(1, fps)}
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         obs, info = self.env.reset(seed=seed, options=options)
@@ -341,6 +342,11 @@ class _CommonInterface(gym.Wrapper):
             if terminated or truncated:
                 break
         return np.array(obs, dtype=np.float32).ravel(), total_reward, terminated, truncated, info
+
+
+def can_draw() -> bool:
+    """Whether environments can be rendered here: there is a display, or the EGL library."""
+    return os.environ.get("MUJOCO_GL") != "disable"
 
 
 def make_env(
@@ -363,7 +369,7 @@ def make_env(
         seed: of the environment's generator and of ``action_space``.
         reward_version: Meta-World's reward function, "v2" (0 to 10 a step) or "v1".
         max_episode_steps: truncate after so many steps of the environment itself, before action repeat. None: 200 in
-            Meta-World (as Continual World), else the environment's own limit.
+            Meta-World (as Continual World), 1000 for dm_control's lqr, which has no limit, else the environment's own.
         action_repeat: apply each action so many times and sum the rewards, up to the episode's end.
         render_mode: None or "rgb_array" ((480, 480, 3) uint8 in Meta-World and dm_control).
 
@@ -386,9 +392,11 @@ def make_env(
         known = _dm_control_tasks()
         if env_id not in known:
             raise ValueError(f"unknown dm_control task {env_id!r}; nearest known: {_nearest(env_id, known)}")
-        env = DMControlEnv(*known[env_id], seed, max_episode_steps is None, render_mode)
-        if max_episode_steps is not None:
-            env = gym.wrappers.TimeLimit(env, max_episode_steps)
+        domain, task = known[env_id]
+        limit = 1000 if domain == "lqr" and max_episode_steps is None else max_episode_steps
+        env = DMControlEnv(domain, task, seed, limit is None, render_mode)
+        if limit is not None:
+            env = gym.wrappers.TimeLimit(env, limit)
     else:
         try:
             gym.spec(env_id)

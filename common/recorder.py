@@ -20,7 +20,6 @@ import io
 import itertools
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -36,9 +35,9 @@ from tqdm import tqdm
 
 CHECKPOINT, CONFIG, EVALUATIONS, RESULTS = "checkpoint.pt", "config.json", "evaluations.csv", "results.json"
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "metaworld", "dm-control", "scikit-learn")
-# Arguments that change what a run shows, never what it computes: free to differ on --resume.
+# Arguments that do not change what a run computes: free to differ on --resume.
 OUTPUT_ARGS = {"resume", "run_dir", "quiet", "track", "wandb_project", "capture_video", "checkpoint_every"}
-OUTPUT_ARGS |= {"num_workers"}  # processes that step environments: not what they compute
+OUTPUT_ARGS |= {"num_workers", "device"}  # where it is computed; a device rounds in its own way
 # Scalars `<group>/<net>/<name>` that the picture shows below the success, and the label of their axis.
 CURVES = {"dormant_ratio": "dormant ratio", "density": "density"}
 
@@ -146,7 +145,7 @@ def load_checkpoint(run_dir: str, script: str) -> dict:
         raise ArgumentError(f"{path}: no checkpoint here")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, OSError, ValueError, AssertionError) as error:
+    except Exception as error:  # unpickling damaged bytes can raise anything
         raise ArgumentError(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("script") != script:
         raise ArgumentError(f"{path}: not a checkpoint of {script}.py")
@@ -211,11 +210,11 @@ class Recorder:
 
     def _create(self, run_name: str) -> Path:
         run_dir = Path(self.args.run_dir or Path("runs") / f"{run_name}__{time.strftime('%Y%m%d-%H%M%S')}")
-        if (run_dir / CHECKPOINT).exists():
-            raise ArgumentError(f"--run-dir {run_dir}: holds a run already; go on with --resume {run_dir}")
         versions = {"python": sys.version.split()[0]} | {package: installed_version(package) for package in PACKAGES}
         config = {"args": dataclasses.asdict(self.args), "versions": versions, "git_commit": git_commit()}
         try:
+            if any((run_dir / name).exists() for name in (CHECKPOINT, RESULTS)):
+                raise ArgumentError(f"--run-dir {run_dir}: holds a run already; go on with --resume {run_dir}")
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         except OSError as error:
@@ -307,6 +306,11 @@ class Recorder:
             self.close()
             last_good = self.run_dir / CHECKPOINT
             raise NotFiniteError(f"{name} is not finite at step {global_step}; last good checkpoint: {last_good}")
+
+    def require_finite_weights(self, named_weights: list[tuple[str, torch.Tensor]], global_step: int) -> None:
+        """`require_finite` for each of them."""
+        for name, weight in named_weights:
+            self.require_finite(name, weight, global_step)
 
     @property
     def seconds(self) -> float:

@@ -175,6 +175,7 @@ def test_goal_proximity_and_its_fallback():
         "success": torch.tensor([0.0, 1.0]),
         "distance": torch.tensor([3.0, 1.0]),
         "reward": torch.tensor([5.0, 4.0]),
+        "episode": torch.zeros(2),
     }
     for gpm, expected in (("success", [0, 1]), ("distance", [-3, -1]), ("reward", [5, 4])):
         q, measure = nbsp.goal_proximity(rollout, gpm)
@@ -191,6 +192,12 @@ def test_goal_proximity_and_its_fallback():
         q, measure = nbsp.goal_proximity(still, gpm)
         assert measure == "none" and nbsp.neuron_scores([torch.rand(2, 3)], q)[0].isnan().all()
     assert "there are no skill neurons" in nbsp.fallback_warning(Args(), "none")
+
+
+def test_a_distance_that_only_the_goal_changes_is_no_goal_proximity():
+    rollout = {"success": torch.zeros(4), "distance": torch.tensor([0.2, 0.2, 0.3, 0.3]), "reward": torch.arange(4.0)}
+    assert nbsp.goal_proximity(rollout | {"episode": torch.tensor([0.0, 0.0, 1.0, 1.0])}, "success")[1] == "reward"
+    assert nbsp.goal_proximity(rollout | {"episode": torch.tensor([0.0, 0.0, 0.0, 1.0])}, "success")[1] == "distance"
 
 
 def test_without_any_measure_a_task_masks_nothing():
@@ -751,13 +758,12 @@ def test_the_scoring_rollout_is_the_deterministic_actor_on_goals_of_its_own(monk
             obs, _ = env.reset(seed=int(seed))
         action = actor.act(obs, deterministic=True)
         next_obs, reward, _, _, info = env.step(action)
-        expected.append((obs, action, info["success"], info["obj_to_target"], reward))
+        expected.append((obs, action, info["success"], info["obj_to_target"], reward, t // 20))
         obs = next_obs
-    for name, column in zip(
-        ("obs", "action", "success", "distance", "reward"), zip(*expected, strict=True), strict=True
-    ):
+    names = ("obs", "action", "success", "distance", "reward", "episode")
+    for name, column in zip(names, zip(*expected, strict=True), strict=True):
         assert torch.equal(rollout[name], torch.from_numpy(np.array(column, np.float32))), name
-    assert set(rollout) == {"obs", "action", "success", "distance", "reward"}
+    assert set(rollout) == set(names)
 
 
 @pytest.mark.slow

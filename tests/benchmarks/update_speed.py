@@ -3,8 +3,9 @@
 One row per script and variant. The variants of a script are timed in turns, so that a busy machine slows all of them;
 `ratio` is to the script's first variant, its plain base algorithm at the same sizes; `x floor` is to the time that the
 update's matrix products alone would take at the rate of a plain product timed in the same turns. Memory is the peak of
-a process of its own, with a full replay buffer of the default size, after it has written a checkpoint. The line above
-the table gives the machine's matrix product rate, which absolute times depend on.
+a process of its own, with a full replay buffer of the default size, after it has written a checkpoint; on a GPU it is
+that of the tensors there. The line above the table gives the machine's matrix product rate, which absolute times depend
+on.
 """
 
 import functools
@@ -322,6 +323,7 @@ def matrix_gflop(update: Callable[[], object]) -> float:
 def peak_memory(script: str, variant: str, args: Args) -> float:
     """Peak memory in MB of a process that runs three updates and writes a checkpoint."""
     command = [sys.executable, __file__, "--memory-of", f"{script}:{variant}", "--device", args.device]
+    command += ["--compile"] * args.compile
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(output.split()[-1])
 
@@ -361,8 +363,9 @@ def main(args: Args) -> None:
         gflop = [matrix_gflop(case.update) / case.updates for case in cases]
         del cases
         for variant, update, work, action, peak in zip(variants, updates, gflop, actions, memory, strict=True):
-            ratio, floor = update / updates[0], update / (work / PRODUCT_GFLOP * product)
-            cells = (f"{update:.2f}", f"{ratio:.3f}", f"{floor:.2f}", f"{action:.2f}", f"{peak:.0f}")
+            ratio, floor = update / updates[0], f"{update / (work / PRODUCT_GFLOP * product):.2f}"
+            floor = "" if "bf16" in variant else floor  # which is of float32 products
+            cells = (f"{update:.2f}", f"{ratio:.3f}", floor, f"{action:.2f}", f"{peak:.0f}")
             print(" | ".join((f"| {script}", variant, *cells)) + " |", flush=True)
 
 
