@@ -270,17 +270,14 @@ def _make_meta_world(
 
 
 def _dm_control_tasks() -> dict[str, tuple[str, str]]:
-    """Our ids of dm_control's suite -> (domain, task)."""
+    """Our ids of dm_control's suite -> (domain, task). Without lqr, whose episodes have no end."""
     from dm_control import suite
 
-    return {f"dmc/{domain}-{task}": (domain, task) for domain, task in suite.ALL_TASKS}
+    return {f"dmc/{domain}-{task}": (domain, task) for domain, task in suite.ALL_TASKS if domain != "lqr"}
 
 
 class DMControlEnv(gym.Env):
-    """A task of dm_control's suite as a Gymnasium environment; observation entries are concatenated in their order.
-
-    The two lqr tasks also draw their springs from ``seed`` when built, and ``reset(seed=...)`` keeps those.
-    """
+    """A task of dm_control's suite as a Gymnasium environment; observation entries are concatenated in their order."""
 
     def __init__(self, domain: str, task: str, seed: int, limit_time: bool, render_mode: str | None):
         from dm_control import suite
@@ -369,7 +366,7 @@ def make_env(
         seed: of the environment's generator and of ``action_space``.
         reward_version: Meta-World's reward function, "v2" (0 to 10 a step) or "v1".
         max_episode_steps: truncate after so many steps of the environment itself, before action repeat. None: 200 in
-            Meta-World (as Continual World), 1000 for dm_control's lqr, which has no limit, else the environment's own.
+            Meta-World (as Continual World), else the environment's own limit.
         action_repeat: apply each action so many times and sum the rewards, up to the episode's end.
         render_mode: None or "rgb_array" ((480, 480, 3) uint8 in Meta-World and dm_control).
 
@@ -392,11 +389,9 @@ def make_env(
         known = _dm_control_tasks()
         if env_id not in known:
             raise ValueError(f"unknown dm_control task {env_id!r}; nearest known: {_nearest(env_id, known)}")
-        domain, task = known[env_id]
-        limit = 1000 if domain == "lqr" and max_episode_steps is None else max_episode_steps
-        env = DMControlEnv(domain, task, seed, limit is None, render_mode)
-        if limit is not None:
-            env = gym.wrappers.TimeLimit(env, limit)
+        env = DMControlEnv(*known[env_id], seed, max_episode_steps is None, render_mode)
+        if max_episode_steps is not None:
+            env = gym.wrappers.TimeLimit(env, max_episode_steps)
     else:
         try:
             gym.spec(env_id)

@@ -294,6 +294,7 @@ def test_action_repeat_keeps_a_success_between_two_decisions():
         ("HalfCheetah-v9", {}, "'HalfCheetah-v9'.*HalfCheetah-v5"),
         ("no such thing", {}, "'no such thing'.*nearest known"),
         ("cheetah-run", {}, "'cheetah-run'.*dmc/cheetah-run"),
+        ("dmc/lqr-lqr_2_1", {}, "unknown dm_control task 'dmc/lqr-lqr_2_1'"),
         ("HalfCheetah-v3", {}, "'HalfCheetah-v3' cannot be made"),
         ("CartPole-v1", {}, "action space Discrete.*Box"),
         ("FrozenLake-v1", {}, "observation space Discrete.*Box"),

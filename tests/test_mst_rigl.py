@@ -191,6 +191,7 @@ def test_the_arguments_of_preset_mrq_are_the_authors(authors):
     assert args.max_grad_norm == meta["value_grad_clip"]
     assert (args.batch_size, args.buffer_size, args.target_update, args.learning_starts) == (256, 10**6, 250, 10**4)
     assert (args.exploration_noise, args.eval_every, args.eval_episodes) == (0.2, 5000, 10)
+    assert (args.rigl_interval, args.rigl_drop, args.rigl_until) == (1000, 0.3, 0.75)
     for env_id, expected in (("dmc/dog-run", (500_000, 2)), ("HalfCheetah-v5", (1_000_000, 1))):
         filled = mst_rigl.fill_in(dataclasses.replace(args, env_id=env_id))
         assert (filled.total_steps, filled.action_repeat) == expected
@@ -776,6 +777,7 @@ def test_a_topology_may_change_at_the_very_first_update():
 def test_a_layer_that_gets_all_its_weights_is_left_alone():
     agent = make_agent(actor_sparsity=0.2)
     assert "2.weight" not in agent.topologies["actor"].masks  # the narrow output layer
+    assert make_agent(critic_sparsity=0.0).topologies["critic"].overlap() == 1  # no layer has one
     counts = agent.parameter_counts()
     linear = [m.weight.numel() for m in agent.networks["actor"].modules() if isinstance(m, torch.nn.Linear)]
     assert counts["actor"] - counts["actor_active"] == sum(linear) - round(0.8 * sum(linear))
@@ -806,7 +808,12 @@ def test_a_wide_and_deep_network_makes_a_step():
 def finished_run(tmp_path_factory):
     """A whole run on Hopper whose topologies are checked after every update."""
     run_dir = tmp_path_factory.mktemp("mst_rigl") / "run"
-    true_update, true_copy, masks = Agent.update, Agent.copy_targets, []
+    true_update, true_copy, true_act, true_random = Agent.update, Agent.copy_targets, Agent.act, Agent.random_action
+    masks, actions = [], []
+
+    def act(agent, obs, explore=False):
+        actions.append("explore" if explore else "greedy")
+        return true_act(agent, obs, explore)
 
     def copy_targets(agent):
         true_copy(agent)
@@ -829,9 +836,12 @@ def finished_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Agent, "update", update)
         patch.setattr(Agent, "copy_targets", copy_targets)
+        patch.setattr(Agent, "act", act)
+        patch.setattr(Agent, "random_action", lambda agent: actions.append("random") or true_random(agent))
         patch.setattr(mst_rigl, "LOG_EVERY", 100)
         results = mst_rigl.main(Args(**TINY, run_dir=str(run_dir)))
-    return {"run_dir": run_dir, "results": results, "masks": masks, "checkpoint": checkpoint_of(run_dir)}
+    run = {"run_dir": run_dir, "results": results, "checkpoint": checkpoint_of(run_dir)}
+    return run | {"masks": masks, "actions": actions}
 
 
 def checkpoint_of(run_dir: Path) -> dict:
@@ -874,6 +884,14 @@ def test_rigl_moves_the_critics_connections_and_nothing_moves_the_actors(finishe
         share = shared / sum(int(mask.sum()) for mask in masks[-1][name].values())
         assert metrics[f"sparsity/{name}/overlap_with_initial"] == pytest.approx(share)
         assert share == overlap or (overlap is None and share < 1)
+
+
+def test_it_acts_at_random_then_with_noise_and_without_in_evaluations(finished_run):
+    training = [kind for kind in finished_run["actions"] if kind != "greedy"]
+    assert training == ["random"] * TINY["learning_starts"] + ["explore"] * (400 - TINY["learning_starts"])
+    with open(finished_run["run_dir"] / "evaluations.csv", newline="") as file:
+        lengths = [float(row["episode_length"]) * TINY["eval_episodes"] for row in csv.DictReader(file)]
+    assert len(finished_run["actions"]) == 400 + sum(lengths)
 
 
 def test_a_dense_module_is_untouched_by_masks(finished_run):
@@ -1202,6 +1220,7 @@ def test_evaluate_gives_the_last_evaluation_of_the_run(finished_run, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()} == before
 
 
+@pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no EGL library here")
 def test_capture_video_records_an_episode_of_an_evaluation(finished_run, tmp_path):
     run_dir = shutil.copytree(finished_run["run_dir"], tmp_path / "run")
     mst_rigl.main(Args(evaluate=str(run_dir), episodes=1, capture_video=True, quiet=True))

@@ -527,6 +527,27 @@ def test_random_neurons_are_as_many_per_layer_and_never_constant_ones():
     assert (hits[alive] - share).abs().max() < 0.15 and (hits[skill[0]].mean() - share).abs() < 0.05
 
 
+def test_an_ablation_plays_without_the_skill_neurons_and_without_five_draws_of_random_ones(monkeypatch):
+    """Each variant is known by its silent neurons; a fake evaluation returns their number, weighted by their place."""
+    agent, place = make_agent(), torch.arange(1.0, 49.0)
+    scores = random_scores(agent, 0)["actor"]
+
+    def value(neurons: list[torch.Tensor]) -> float:
+        return (torch.cat(neurons) * place).sum().item()
+
+    def evaluate_task(actor, *_, stop=None):
+        silent = [(layer.weight == 0).all(1) for layer in nbsp.linear_layers(actor)]
+        return {"success": value(silent), "episode_return": -value(silent)}
+
+    monkeypatch.setattr(nbsp, "evaluate_task", evaluate_task)
+    report = nbsp.ablation(agent, ["reach-v3", "drawer-close-v3"], 1, scores, 3)
+    skill = nbsp.skill_neurons(scores, 0.2)
+    draws = [value(nbsp.random_neurons(skill, scores, (1, nbsp.RANDOM_NEURONS, 1, n))) for n in range(5)]
+    assert len(set(draws)) == 5 and report["task"] == "drawer-close-v3"
+    for name, expected in (("whole", 0), ("without_skill", value(skill)), ("without_random", np.mean(draws))):
+        assert report[f"success_{name}"] == -report[f"return_{name}"] == pytest.approx(expected)
+
+
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 

@@ -128,10 +128,14 @@ def test_growth_follows_the_cosine_and_closes_the_gap_exactly(end, fractions):
     assert progress[2] - progress[1] == pytest.approx(np.trapezoid(rate, t), abs=1e-6)
 
 
-@pytest.mark.parametrize(("interval", "end_share"), [(25, 0.75), (20, 0.75), (7, 0.5), (1000, 0.75)])
-def test_topology_updates_come_at_the_interval_and_at_the_end(interval, end_share, monkeypatch):
-    """The actor counts its own updates, half as many. The end is a moment of its own."""
-    agent = make_agent(100, topology_interval=interval, topology_end=end_share, hidden_dim=4, batch_size=4)
+@pytest.mark.parametrize(
+    ("interval", "end_share", "delay"),
+    [(25, 0.75, 2), (20, 0.75, 2), (7, 0.5, 2), (1000, 0.75, 2), (7, 0.5, 1), (20, 0.75, 3)],
+)
+def test_topology_updates_come_at_the_interval_and_at_the_end(interval, end_share, delay, monkeypatch):
+    """The actor counts its own updates, fewer than the critics'. The end is a moment of its own."""
+    options = {"topology_interval": interval, "topology_end": end_share, "policy_delay": delay}
+    agent = make_agent(100, **options, hidden_dim=4, batch_size=4)
     moments, nets = {"actor": [], "critic": []}, {id(t): n for n, group in agent.topologies.items() for t in group}
     true_update = ne.Topology.update
 
@@ -144,7 +148,8 @@ def test_topology_updates_come_at_the_interval_and_at_the_end(interval, end_shar
         agent.update()
     end = int(end_share * 100)
     critic = sorted({*range(interval, end + 1, interval), end})
-    actor = sorted({*range(2 * (interval // 2), end + 1, 2 * (interval // 2)), end // 2 * 2})
+    step = delay * (interval // delay)
+    actor = sorted({*range(step, end + 1, step), end // delay * delay})
     assert moments == {"critic": [m for m in critic for _ in range(2)], "actor": actor}
 
 
@@ -266,9 +271,10 @@ def test_one_topology_update_by_the_letter(net, growth, prune):
     assert went_and_came == total and (total[0] > 0) == (prune != "none")
 
 
-def test_a_neuron_that_lost_all_inputs_starts_anew():
+def test_a_neuron_without_inputs_gets_weights_of_the_initialiser():
+    """Its bias is left alone if it never had any: it may be all that makes the neuron active, and so worth inputs."""
     agent, topology, inputs = trained_topology("critic", prune="none")
-    had_inputs, above = topology.masks[1].any(1), topology.masks[2].any(1)  # a sparse start may leave some without
+    above = topology.masks[2].any(1)  # a sparse start may leave some without inputs
     topology.masks[1][3] = 0
     topology.layers[1].weight.data[3] = 0
     topology.targets[1].weight.data[3] = 0
@@ -283,9 +289,7 @@ def test_a_neuron_that_lost_all_inputs_starts_anew():
     incoming = topology.layers[1].weight[3].detach()
     bound = 1 / math.sqrt(topology.shapes[1][1])
     assert (incoming != 0).all() and (incoming.abs() <= bound).all() and incoming.abs().max() > bound / 2
-    assert topology.layers[1].bias[3] == topology.targets[1].bias[3] == moments["exp_avg"][3] == 0
-    rest = had_inputs & (torch.arange(len(untouched)) != 3)
-    assert torch.equal(topology.layers[1].bias[rest], untouched[rest]) and (moments["exp_avg"][rest] == 1).all()
+    assert torch.equal(topology.layers[1].bias, untouched) and (moments["exp_avg"] == 1).all()
     assert torch.equal(topology.layers[2].weight[above, 3], outgoing_before[above])  # what is new on its way out is 0
 
 
@@ -293,10 +297,17 @@ def test_a_dormant_neuron_loses_all_its_connections_and_comes_back_alive():
     """omega = 1 and growth enough: pruned to the last input, its bias reset, weights of the initialiser on return."""
     agent, topology, inputs = trained_topology("critic", prune_limit=1.0)
     kill_neurons(topology, 1, 1)
+    moments = agent.optimizers["critic"].state[topology.layers[1].bias]
+    moments["exp_avg"].fill_(1)
+    dormant = ne.dormant_neurons(ne.metrics.hidden_features(topology.network, inputs), agent.args.dormant_threshold)
+    had = topology.masks[1].bool()
+    left = had & ~ne.dormant_connections(dormant, topology.shapes)[1]
     gradients = [torch.rand(shape) for shape in topology.shapes]
     gradients[1][0] = 2  # its inputs are the first to be picked
     pruned, grown = topology.update(0.9, gradients, inputs, agent.optimizers["critic"], agent.args)
-    assert 0 < pruned < grown and topology.masks[1][0].all() and topology.layers[1].bias[0] == 0
+    assert 0 < pruned < grown and topology.masks[1][0].all()
+    assert topology.layers[1].bias[0] == topology.targets[1].bias[0] == moments["exp_avg"][0] == 0
+    assert torch.equal(moments["exp_avg"] == 0, had.any(1) & ~left.any(1))
     incoming = topology.layers[1].weight[0].detach()
     assert (incoming != 0).all() and incoming.abs().max() <= 1 / math.sqrt(topology.shapes[1][1])
     assert (topology.targets[1].weight[0] == 0).all()  # the target follows by averaging
@@ -873,6 +884,7 @@ BAD_ARGUMENTS = {
     "nothing to grow from": (["--initial-density", "1e-6"], r"--initial-density 1e-06: must be higher: a layer of"),
     "growth end": (["--topology-end", "0"], r"--topology-end 0\.0: must be above 0 and at most 1"),
     "early growth end": (["--topology-end", "1e-6"], r"--topology-end 1e-06: must be higher"),
+    "rare actor": (["--policy-delay", "2000000"], r"--policy-delay 2000000: must be smaller"),
     "review fraction": (["--review-fraction", "0"], r"--review-fraction 0\.0: must be above 0 and at most 1"),
     "buffer": (["--buffer-size", "0"], r"--buffer-size 0: must be at least 1"),
     "tau": (["--tau", "1.5"], r"--tau 1\.5: must be between 0 and 1"),

@@ -104,12 +104,17 @@ def test_a_folder_that_holds_a_run_is_refused_and_resume_is_named(tmp_path):
     recorder.save(0, {})
     with pytest.raises(ArgumentError, match="--resume"):
         new_recorder(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.pt").unlink()  # of a finished run, to save space
+    (tmp_path / "run" / "results.json").write_text("{}")
+    with pytest.raises(ArgumentError, match="holds a run"):
+        new_recorder(tmp_path / "run")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArgumentError, match="cannot be written"):
-        new_recorder(tmp_path / "file" / "run")
+    for run_dir in (tmp_path / "file" / "run", tmp_path / ("long" * 100)):
+        with pytest.raises(ArgumentError, match="cannot be written"):
+            new_recorder(run_dir)
 
 
 def test_contradicting_resume_arguments_name_both_values_and_output_options_are_free(tmp_path):
@@ -178,7 +183,9 @@ def test_another_scripts_run_is_refused(tmp_path):
         rec.stored_args(str(tmp_path / "run"), Args)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage", "flipped", "foreign", "code", "list"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "empty", "truncated", "garbage", "dots", "flipped", "foreign", "code", "list"]
+)
 def test_bad_checkpoints_give_one_line_with_the_file(tmp_path, damage):
     path = tmp_path / "checkpoint.pt"
     torch.save({"script": "script", "x": torch.randn(1000)}, path)
@@ -194,7 +201,8 @@ def test_bad_checkpoints_give_one_line_with_the_file(tmp_path, damage):
     elif damage == "code":
         torch.save({"script": "script", "x": os.system}, path)
     else:
-        path.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "garbage": b"hello world" * 50}[damage])
+        damaged = {"empty": b"", "truncated": whole[: len(whole) // 2], "garbage": b"hello world" * 50, "dots": b"...."}
+        path.write_bytes(damaged[damage])
     with pytest.raises(ArgumentError, match=r"checkpoint\.pt: .*checkpoint") as error:
         rec.load_checkpoint(str(tmp_path), "script")
     assert "\n" not in str(error.value)

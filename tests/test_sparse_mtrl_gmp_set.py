@@ -251,6 +251,25 @@ def test_gmp_keeps_the_cubic_in_training_and_pruned_weights_and_moments_stay_zer
     agent = make_agent(arch=arch, prune_scope=scope, prune_every=20)
     assert agent.total_updates == 200
     previous = [torch.ones_like(layer.mask) for _, net, _ in agent.networks() for layer in net.layers]
+    seen, true_prune = [], agent.prune_networks
+    networks = [network for _, network, _ in agent.networks()]
+
+    def prune_networks():  # the weights that go are the smallest: of a network, or of each of its matrices
+        before = [[layer.weight.detach().clone() for layer in network.layers] for network in networks]
+        true_prune()
+        for network, weights in zip(networks, before, strict=True):
+            pairs = [
+                (w, m)
+                for layer, w in zip(network.layers, weights, strict=True)
+                for w, m in zip(w, layer.mask, strict=True)
+            ]
+            if scope == "global":
+                pairs = [tuple(torch.cat([part.flatten() for part in parts]) for parts in zip(*pairs, strict=True))]
+            for weight, mask in pairs:
+                seen.append((~mask).any() and mask.any())
+                assert not seen[-1] or weight[~mask].abs().max() <= weight[mask].abs().min()
+
+    agent.prune_networks = prune_networks
     for update, _ in enumerate(train(agent, 200), start=1):
         if update % 20 == 0 or update % 20 == 5:
             target = literal_cubic(update // 20 * 20, 10, 160, 0.95)
@@ -267,7 +286,7 @@ def test_gmp_keeps_the_cubic_in_training_and_pruned_weights_and_moments_stay_zer
         masks = [layer.mask.clone() for _, net, _ in agent.networks() for layer in net.layers]
         assert not any((new & ~old).any() for new, old in zip(masks, previous, strict=True))
         previous = masks
-    assert agent.densities()["sparsity/actor/density"] == pytest.approx(0.05, abs=1e-3)
+    assert agent.densities()["sparsity/actor/density"] == pytest.approx(0.05, abs=1e-3) and any(seen)
 
 
 @pytest.mark.parametrize("arch", ["shared", "moore"])
@@ -379,11 +398,15 @@ def test_set_keeps_the_count_of_every_layer_and_new_weights_start_at_zero_withou
     for update in range(1, 41):
         agent.update()
         before = [layer.mask.clone() for _, net, _ in agent.networks() for layer in net.layers]
+        weights = [layer.weight.detach().abs() for _, net, _ in agent.networks() for layer in net.layers]
         agent.intervene()
         now = [layer.mask.clone() for _, net, _ in agent.networks() for layer in net.layers]
         assert [[int(m.sum()) for m in mask] for mask in now] == counts
         moved += sum(int((new & ~old).sum()) for new, old in zip(now, before, strict=True))
         assert update % 10 == 0 or all(torch.equal(new, old) for new, old in zip(now, before, strict=True))
+        for weight, old, new in zip(weights, before, now, strict=True):
+            for w, gone, stayed in zip(weight, old & ~new, old & new, strict=True):  # the smallest went
+                assert not gone.any() or w[gone].max() <= w[stayed].min()
         layers = [(layer, optimizer) for _, net, optimizer in agent.networks() for layer in net.layers]
         for (layer, optimizer), old in zip(layers, before, strict=True):
             for value in (layer.weight, *moments(optimizer, layer.weight)):
@@ -699,6 +722,15 @@ def finished_run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("gmp") / "run"
     results = script.main(Args(**SHORT, run_dir=str(run_dir)))
     return {"run_dir": run_dir, "results": results, "checkpoint": load_checkpoint(str(run_dir), "sparse_mtrl_gmp_set")}
+
+
+def test_evaluations_and_the_end_of_a_run_see_trained_connections(tmp_path, monkeypatch):
+    """SET rewires before an update and not after one; GMP's pruning belongs to its update."""
+    seen, true_evolve, true_evaluate = [], Agent.evolve_networks, script.evaluate_task
+    monkeypatch.setattr(Agent, "evolve_networks", lambda agent: seen.append(agent.updates) or true_evolve(agent))
+    monkeypatch.setattr(script, "evaluate_task", lambda *a: seen.append("evaluation") or true_evaluate(*a))
+    script.main(Args(**(SHORT | {"sparsify": "set"}), run_dir=str(tmp_path / "run")))
+    assert seen == [*["evaluation"] * 3, 25, 50, 75, *["evaluation"] * 3]
 
 
 def command_line(**options) -> list[str]:
@@ -1106,7 +1138,7 @@ def test_evaluating_more_often_changes_nothing_in_training(finished_run, tmp_pat
     assert_same_tensors(often["random"], seldom["random"])
 
 
-@pytest.mark.parametrize("what", ["loss", "weight"])
+@pytest.mark.parametrize("what", ["loss", "weight", "weight before an evaluation"])
 def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(what, tmp_path, monkeypatch, capsys):
     true_update = Agent.update
 
@@ -1116,6 +1148,8 @@ def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(what
             losses["q"] = torch.tensor(math.nan)
         elif what == "weight" and agent.updates == 50:  # at an episode's end, where a checkpoint is due
             agent.log_alpha.data[1] = math.nan
+        elif what == "weight before an evaluation" and agent.updates == 25:
+            agent.actor.heads.bias.data[0] = math.nan
         return losses
 
     monkeypatch.setattr(Agent, "update", update)
@@ -1124,11 +1158,14 @@ def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(what
     with pytest.raises(SystemExit) as leaving:
         script.run(script.main, Args)
     err = capsys.readouterr().err
-    expected = {"loss": "losses/q is not finite at step 240", "weight": "log_alpha is not finite at step 300"}[what]
+    expected = {"loss": "losses/q is not finite at step 240", "weight": "log_alpha is not finite at step 300"}
+    expected = expected.get(what, r"actor\.heads\.bias is not finite at step 225")
     assert leaving.value.code == 1 and re.search(expected, err) and err.count("\n") == 1, err
     checkpoint = load_checkpoint(str(tmp_path / "run"), "sparse_mtrl_gmp_set")
     assert checkpoint["agent"]["log_alpha"].isfinite().all()
-    assert checkpoint["agent"]["updates"] <= {"loss": 30, "weight": 49}[what]
+    assert checkpoint["agent"]["updates"] <= {"loss": 30, "weight": 49}.get(what, 24)
+    evaluated = (tmp_path / "run" / "evaluations.csv").read_text().count("\n") - 1
+    assert evaluated == (0 if what == "weight before an evaluation" else 3)
 
 
 # --------------------------------------------------------------------------------------------------------- learning

@@ -263,6 +263,26 @@ def test_lambda_local_falls_linearly_to_its_end(monkeypatch):
     assert seen == pytest.approx([0.05, 0.03, 0.01])
 
 
+@pytest.mark.parametrize("sparsity", [0.05, 0.08, 0.11, 0.14])
+def test_a_later_task_without_neurons_is_refused_before_the_first_is_trained(sparsity):
+    """Exactly where the allocation of one of the tasks says so."""
+    embeddings = ssde.encode_tasks(ssde.task_sentences(ssde.task_sequence("cw10"), None), "bundled")
+    args = Args(hidden_dim=64, hidden_layers=2, critic_hidden_dim=16, lambda_global=sparsity, lambda_local=sparsity)
+    agent = Agent(args, embeddings, 39, 4, torch.device("cpu"))
+
+    def refused(allocate) -> str:
+        try:
+            allocate()
+        except ArgumentError as error:
+            return str(error)
+        return ""
+
+    expected = next(filter(None, (refused(lambda task=task: agent.neurons(task)) for task in range(10))), "")
+    assert refused(agent.refuse_empty_tasks) == expected
+    assert (sparsity < 0.1) == (expected == "")
+    assert sparsity != 0.11 or "task 1 gets no neuron" in expected
+
+
 # ----------------------------------------------------------------------------------------------------- initial weights
 
 
@@ -809,6 +829,21 @@ BAD_ARGUMENTS = {
     "warm-up": (["--steps-per-task", "5000"], r"--learning-starts 10000: must be below --steps-per-task 5000"),
     "lambda": (["--lambda-local", "-1"], r"--lambda-local -1\.0: must be a positive"),
     "empty prompt": (["--quick", "--lambda-global", "0.9", "--lambda-local", "0.9"], r"no neuron"),
+    "empty later prompt": (
+        [
+            "--task-seq",
+            "cw10",
+            "--hidden-dim",
+            "64",
+            "--hidden-layers",
+            "2",
+            "--lambda-global",
+            "0.11",
+            "--lambda-local",
+            "0.11",
+        ],
+        r"--lambda-global 0\.11 --lambda-local 0\.11: task 1 gets no neuron",
+    ),
     "method": (["--method", "sdse"], r"--method sdse: must be one of ssde, finetune, scratch"),
     "encoder": (["--task-encoder", "no/such-model"], r"--task-encoder no/such-model: no model"),
     "descriptions": (["--task-descriptions", "nothing.json"], r"--task-descriptions nothing\.json"),
