@@ -593,7 +593,7 @@ def td_target(
     reward, not_done = multi_step_return(batch["reward"], batch["not_done"], gamma)
     next_zs = targets["encoder"].zs(batch["next_obs"])
     action_noise = (torch.randn_like(batch["action"]) * noise_std).clamp(-noise_clip, noise_clip)
-    next_action = (torch.tanh(targets["actor"](next_zs).float()) + action_noise).clamp(-1, 1)
+    next_action = (torch.tanh(targets["actor"](next_zs)) + action_noise).clamp(-1, 1)
     next_q = targets["critic"](targets["encoder"].zsa(next_zs, next_action)).amin(1, keepdim=True)
     return (reward + not_done * gamma**Q_HORIZON * next_q * old_scale) / scale
 
