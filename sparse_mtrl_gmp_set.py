@@ -663,7 +663,7 @@ class Agent:
         """
         args, report = self.args, {}
         if self.updates == 0:
-            return report
+            return {}
         if args.sparsify == "set" and self.updates % args.evolve_every == 0:
             self.evolve_networks()
         if args.intervention == "redo" and self.updates % args.redo_every == 0:

@@ -687,9 +687,9 @@ class Agent:
         return task_neurons(self.embeddings[task], task, *sizes, *self.sparsities(task))
 
     def refuse_empty_tasks(self) -> None:
-        """Raise ArgumentError now if a later task would get no neurons, which else stops the run at that task's start.
+        """Raise ArgumentError for a later task that would get no neurons: now, and not at that task's start.
 
-        Encoding every task takes too long here. Encoded are those for whom no atom of a layer is as near as lambda:
+        Encoding every task takes minutes. Those in doubt are encoded, where no atom of a layer is as near as lambda:
         LASSO picks hardly any, which is quick.
         """
         for task, embedding in enumerate(self.embeddings):
