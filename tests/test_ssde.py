@@ -822,6 +822,7 @@ def test_a_signal_at_work_between_episodes_goes_on_to_the_same_bytes(finished_ru
     assert_same_run(run_dir, finished_run["run_dir"])
 
 
+FEW_NEURONS = ["--hidden-dim", "64", "--hidden-layers", "2", "--lambda-global", "0.11", "--lambda-local", "0.11"]
 BAD_ARGUMENTS = {
     "unknown task": (["--task-seq", "haammer"], r"haammer.*hammer-v3"),
     "beta": (["--beta", "1.5"], r"--beta 1\.5: must be between 0 and 1"),
@@ -829,19 +830,8 @@ BAD_ARGUMENTS = {
     "warm-up": (["--steps-per-task", "5000"], r"--learning-starts 10000: must be below --steps-per-task 5000"),
     "lambda": (["--lambda-local", "-1"], r"--lambda-local -1\.0: must be a positive"),
     "empty prompt": (["--quick", "--lambda-global", "0.9", "--lambda-local", "0.9"], r"no neuron"),
-    "empty later prompt": (
-        [
-            "--task-seq",
-            "cw10",
-            "--hidden-dim",
-            "64",
-            "--hidden-layers",
-            "2",
-            "--lambda-global",
-            "0.11",
-            "--lambda-local",
-            "0.11",
-        ],
+    "empty later prompt": (  # before the folder is asked for
+        ["--task-seq", "cw10", *FEW_NEURONS, "--run-dir", "/dev/null"],
         r"--lambda-global 0\.11 --lambda-local 0\.11: task 1 gets no neuron",
     ),
     "method": (["--method", "sdse"], r"--method sdse: must be one of ssde, finetune, scratch"),
