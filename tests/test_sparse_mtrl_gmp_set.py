@@ -1027,7 +1027,7 @@ BAD_ARGUMENTS = {
     "intervention": (["--intervention", "redoo"], r"--intervention redoo: must be one of none, redo"),
     "sparsity": (["--sparsity", "1"], r"--sparsity 1\.0: must be at least 0 and below 1"),
     "window": (["--prune-start", "0.9"], r"--prune-start 0\.9: must be at least 0 and below --prune-end 0\.8"),
-    "never pruned": (["--total-steps", "60000"], r"--prune-every 5000: must be so that .* 2400 to 3000"),
+    "never pruned": (["--total-steps", "60000"], r"--prune-every 5000: must be so that .* 1600 to 2000"),
     "warm-up": (["--total-steps", "30000"], r"--learning-starts 40000: must be below --total-steps 30000"),
     "depth": (["--arch", "moe", "--depth", "1"], r"--depth 1: must be at least 2 with --arch moe"),
     "zeta": (["--zeta", "1.5"], r"--zeta 1\.5: must be between 0 and 1"),
