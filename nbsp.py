@@ -327,7 +327,7 @@ def without_neurons(network: Actor, neurons: list[Tensor]) -> Actor:
 
 
 def random_neurons(skill: list[Tensor], scores: list[Tensor], seed: tuple[int, ...]) -> list[Tensor]:
-    """As many neurons of each layer as in `skill`, drawn from those not constant: masks like it. seed: of the draw."""
+    """As many neurons of each layer as in `skill`, drawn from all that are not constant, as masks like it."""
     generator, masks = np.random.default_rng(seed), []
     for chosen, score in zip(skill, scores, strict=True):
         alive = (~score.isnan()).nonzero()[:, 0].cpu().numpy()

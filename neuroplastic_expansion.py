@@ -699,9 +699,9 @@ def new_agent(args: Args, device: torch.device) -> Agent:
     for net, topologies in agent.topologies.items():
         least = min(topologies[0].start)
         require(args, "initial_density", least > 0, f"higher: a layer of the {net} gets no connection")
-        if args.method == "ne" and args.growth != "none":
-            require(args, "topology_end", agent.end["critic"] >= 1, "higher: the critic makes no update before")
-            require(args, "policy_delay", agent.end[net] >= 1, "smaller: the actor makes no update while networks grow")
+    if args.method == "ne" and args.growth != "none":
+        require(args, "topology_end", agent.end["critic"] >= 1, "higher: the critics make no update before")
+        require(args, "policy_delay", agent.end["actor"] >= 1, "smaller: the actor makes no update while networks grow")
     return agent
 
 

@@ -9,7 +9,7 @@ removes the smallest weights step by step until 5 % are left. Sparse evolutionar
 keeps moving its smallest weights to random new places. On MT10 the paper's best agent prunes the actor only.
 
 Read first: `gmp_sparsity` and `prune` (GMP), `erdos_renyi_counts` and `evolve` (SET), `apply_mask` (what a removed
-weight is), `MultiTaskNetwork` and `gram_schmidt` (heads and experts), `Agent.intervene`, then `main`.
+weight is), `MultiTaskNetwork` and `gram_schmidt` (heads and experts), `Agent.prune_networks`, then `main`.
 
     python sparse_mtrl_gmp_set.py --quick                          # three easy tasks, small networks: minutes
     python sparse_mtrl_gmp_set.py --benchmark mt10                 # the paper's best: GMP on the actor, 20 M steps
@@ -188,7 +188,7 @@ class Args:
     reset_every: int = 100_000
     """updates between resets of the output layers, at most two of them (paper Table 5)"""
     weight_decay: float = 1e-6
-    """AdamW's coefficient under --intervention weight-decay (paper Table 5; no float32 weight feels it)"""
+    """AdamW's coefficient under --intervention weight-decay (paper Table 5: too small to change a float32)"""
 
 
 # --------------------------------------------------------------------------------------------------------- networks

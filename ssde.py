@@ -692,8 +692,8 @@ class Agent:
         Encoding every task takes minutes. Those in doubt are encoded, where no atom of a layer is as near as lambda:
         LASSO picks hardly any, which is quick.
         """
+        sizes = (self.args.hidden_dim, self.args.hidden_layers, self.args.seed)
         for task, embedding in enumerate(self.embeddings):
-            sizes = (self.args.hidden_dim, self.args.hidden_layers, self.args.seed)
             for pair in dictionaries(len(embedding), task, *sizes):
                 nearest = [(dictionary @ embedding).max() for dictionary in pair]
                 if all(near <= sparsity for near, sparsity in zip(nearest, self.sparsities(task), strict=True)):

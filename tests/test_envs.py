@@ -276,6 +276,14 @@ def test_action_repeat_sums_rewards_and_stops_at_the_episode_end():
     assert thrice.metadata["render_fps"] == round(once.metadata["render_fps"] / 3)
 
 
+def test_a_video_has_at_least_a_frame_a_second():
+    assert [make_env("HalfCheetah-v5", seed=0, action_repeat=n).metadata["render_fps"] for n in (1, 4, 50)] == [
+        20,
+        5,
+        1,
+    ]
+
+
 def test_action_repeat_keeps_a_success_between_two_decisions():
     env = make_env("reach", seed=0, action_repeat=3)
     env.reset()

@@ -1,5 +1,6 @@
-"""What holds for all five scripts: the README's commands are accepted, and what cannot be drawn is refused."""
+"""What holds for all five scripts: the README's commands, videos where nothing can draw, resuming on another device."""
 
+import dataclasses
 import re
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ import nbsp
 import neuroplastic_expansion
 import sparse_mtrl_gmp_set
 import ssde
-from common.recorder import ArgumentError, parse_args
+from common.recorder import ArgumentError, parse_args, refuse_contradictions
 
 README = Path(__file__).parent.parent / "README.md"
 SCRIPTS = {script.__name__: script for script in (ssde, nbsp, neuroplastic_expansion, mst_rigl, sparse_mtrl_gmp_set)}
@@ -54,3 +55,11 @@ def test_a_video_is_refused_where_nothing_can_draw(name, monkeypatch):
     assert not checked(SCRIPTS[name], []).capture_video
     with pytest.raises(ArgumentError, match="--capture-video True: must be off"):
         checked(SCRIPTS[name], ["--capture-video"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_may_go_on_on_another_device(name):
+    args = SCRIPTS[name].Args
+    refuse_contradictions(args(device="cpu"), dataclasses.asdict(args(device="cuda")))
+    with pytest.raises(ArgumentError, match="--seed 2: contradicts the resumed run, which has 3"):
+        refuse_contradictions(args(seed=2), dataclasses.asdict(args(seed=3)))

@@ -263,6 +263,13 @@ def test_lambda_local_falls_linearly_to_its_end(monkeypatch):
     assert seen == pytest.approx([0.05, 0.03, 0.01])
 
 
+@pytest.mark.parametrize("text", ['{"reach": null}', '{"reach": ["Reach."]}', '["Reach."]', "{"])
+def test_descriptions_are_sentences_by_task(text, tmp_path):
+    (tmp_path / "texts.json").write_text(text)
+    with pytest.raises(ArgumentError, match=r"need JSON \{task: sentence\}"):
+        ssde.task_sentences(["reach-v3"], str(tmp_path / "texts.json"))
+
+
 @pytest.mark.parametrize("sparsity", [0.05, 0.08, 0.11, 0.14])
 def test_a_later_task_without_neurons_is_refused_before_the_first_is_trained(sparsity):
     """Exactly where the allocation of one of the tasks says so."""

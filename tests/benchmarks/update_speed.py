@@ -253,7 +253,7 @@ def mst_rigl_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
         "MR.Q, RigL critic": functools.partial(mst_rigl_case, "mrq", critic_regime="rigl"),
         "MST": functools.partial(mst_rigl_case, "mst"),
     }
-    if mst_rigl.has_bf16(torch.device(args.device)):  # some 20 s a step elsewhere
+    if mst_rigl.has_bf16(torch.device(args.device)):  # seconds a step elsewhere
         cases["MR.Q, dense, bf16"] = functools.partial(mst_rigl_case, "mrq", bf16=True)
     return cases
 
