@@ -23,6 +23,9 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
+from common.cli import ArgumentError
+from common.descriptions import TASK_DESCRIPTIONS
+
 if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
     # Left to themselves MuJoCo, Gymnasium and dm_control choose GLFW, which cannot draw without a display. dm_control
     # does not even import with "egl" where that library is missing, hence "disable" (no rendering) there.
@@ -37,62 +40,6 @@ import mujoco
 
 # NumPy measures its float types once. The scripts flush denormal numbers, and measured after that it would warn.
 np.finfo(np.float32), np.finfo(np.float64)
-
-# One sentence per task, in Meta-World's order (MT50). The texts of CW10 are Meta-World's own (arXiv 1910.10897,
-# appendix, without the randomised positions), as CoTASP and SSDE feed them to their sentence encoder; the others are
-# ours, in the same manner.
-TASK_DESCRIPTIONS: dict[str, str] = {
-    "assembly-v3": "Pick up a nut and put it on a peg.",
-    "basketball-v3": "Pick up a basketball and drop it through the hoop.",
-    "bin-picking-v3": "Grasp a puck in one bin and put it into the other bin.",
-    "box-close-v3": "Grasp a lid and close a box with it.",
-    "button-press-topdown-v3": "Press a button from above.",
-    "button-press-topdown-wall-v3": "Bypass a wall and press a button from above.",
-    "button-press-v3": "Press a button.",
-    "button-press-wall-v3": "Bypass a wall and press a button.",
-    "coffee-button-v3": "Press the button of a coffee machine.",
-    "coffee-pull-v3": "Pull a mug away from a coffee machine.",
-    "coffee-push-v3": "Push a mug under a coffee machine.",
-    "dial-turn-v3": "Turn a dial by half a revolution.",
-    "disassemble-v3": "Take a nut off a peg.",
-    "door-close-v3": "Swing a door shut on its hinge.",
-    "door-lock-v3": "Lock a door by turning the lock clockwise.",
-    "door-open-v3": "Swing a door open on its hinge.",
-    "door-unlock-v3": "Unlock a door by turning the lock counter-clockwise.",
-    "hand-insert-v3": "Insert the hand into a hole.",
-    "drawer-close-v3": "Push and close a drawer.",
-    "drawer-open-v3": "Pull and open a drawer.",
-    "faucet-open-v3": "Rotate the faucet counter-clockwise.",
-    "faucet-close-v3": "Rotate the faucet clockwise.",
-    "hammer-v3": "Hammer a screw on the wall.",
-    "handle-press-side-v3": "Press a handle down sideways.",
-    "handle-press-v3": "Press a handle down.",
-    "handle-pull-side-v3": "Pull a handle up sideways.",
-    "handle-pull-v3": "Pull a handle up.",
-    "lever-pull-v3": "Pull a lever up by a quarter turn.",
-    "pick-place-wall-v3": "Pick a puck, bypass a wall and place the puck at a goal.",
-    "pick-out-of-hole-v3": "Lift a puck out of a hole.",
-    "pick-place-v3": "Pick and place a puck at a goal.",
-    "plate-slide-v3": "Slide a plate into a cabinet.",
-    "plate-slide-side-v3": "Slide a plate into a cabinet sideways.",
-    "plate-slide-back-v3": "Slide a plate out of a cabinet.",
-    "plate-slide-back-side-v3": "Slide a plate out of a cabinet sideways.",
-    "peg-insert-side-v3": "Insert a peg sideways.",
-    "peg-unplug-side-v3": "Unplug a peg sideways.",
-    "soccer-v3": "Kick a football into the goal.",
-    "stick-push-v3": "Grasp a stick and push a box with the stick.",
-    "stick-pull-v3": "Grasp a stick and pull a box with the stick.",
-    "push-v3": "Push the puck to a goal.",
-    "push-wall-v3": "Bypass a wall and push a puck to a goal.",
-    "push-back-v3": "Pull a puck to a goal.",
-    "reach-v3": "Reach a goal position.",
-    "reach-wall-v3": "Bypass a wall and reach a goal position.",
-    "shelf-place-v3": "Pick and place a puck onto a shelf.",
-    "sweep-into-v3": "Sweep a puck into a hole.",
-    "sweep-v3": "Sweep a puck off the table.",
-    "window-open-v3": "Push and open a window.",
-    "window-close-v3": "Push and close a window.",
-}
 
 MT50 = tuple(TASK_DESCRIPTIONS)
 MT10 = (
@@ -140,7 +87,19 @@ def _canonical(task: str) -> str:
     return task if task.endswith("-v3") else f"{task}-v3"
 
 
-def task_sequence(spec: str) -> list[str]:
+def seed_of(*words: int) -> int:
+    """One seed from several numbers, e.g. (run seed, stream, task): independent streams for all that is random."""
+    return int(np.random.SeedSequence([int(word) for word in words]).generate_state(1)[0])
+
+
+def env_sizes(env_id: str) -> tuple[int, int]:
+    """Observation and action dimension of an environment."""
+    env = make_env(env_id, seed=0)
+    env.close()
+    return env.observation_space.shape[0], env.action_space.shape[0]
+
+
+def task_sequence(spec: str, flag: str = "--task-seq") -> list[str]:
     """Meta-World task names of a sequence, in order.
 
     Args:
@@ -148,19 +107,21 @@ def task_sequence(spec: str) -> list[str]:
             a list may also hold sequences ("cw3,reach").
 
     Raises:
-        ValueError: an empty list or entry, or an unknown name (with the nearest known ones).
+        ArgumentError: an empty list or entry, or an unknown name (with the nearest known ones).
     """
     tasks: list[str] = []
     for name in (part.strip() for part in spec.split(",")):
         if not name:
-            raise ValueError(f"empty task name in {spec!r}: expected for example 'cw10' or 'hammer,push-wall'")
+            raise ArgumentError(f"{flag} {spec}: empty task name: expected for example 'cw10' or 'hammer,push-wall'")
         if name in TASK_SEQUENCES:
             tasks += TASK_SEQUENCES[name]
         elif _canonical(name) in TASK_DESCRIPTIONS:
             tasks.append(_canonical(name))
         else:
             nearest = _nearest(name, [*TASK_SEQUENCES, *MT50])
-            raise ValueError(f"unknown Meta-World task or sequence {name!r}; nearest known: {nearest}")
+            raise ArgumentError(
+                f"{flag} {spec}: unknown Meta-World task or sequence {name!r}; nearest known: {nearest}"
+            )
     return tasks
 
 
@@ -465,9 +426,10 @@ class TaskEnvs:
         make = functools.partial(make_env, max_episode_steps=max_episode_steps, reward_version=reward_version)
         self.envs = [make(task, seed=seed) for task, seed in zip(tasks, seeds, strict=True)]
 
-    def reset(self) -> np.ndarray:
-        """Begin an episode in every environment: observations (tasks, obs_dim)."""
-        return np.stack([env.reset()[0] for env in self.envs])
+    def reset(self, seeds: list[int] | None = None) -> np.ndarray:
+        """Begin an episode in every environment, of the seed of each: observations (tasks, obs_dim)."""
+        seeds = seeds or [None] * len(self.envs)
+        return np.stack([env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)])
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(tasks, act_dim) -> next observations (tasks, obs_dim), rewards (tasks,), successes (tasks,)."""
@@ -519,8 +481,8 @@ class WorkerEnvs:
             pipe.send((method, argument))
         return [pipe.recv() for pipe in self.pipes]
 
-    def reset(self) -> np.ndarray:
-        return np.concatenate(self._call("reset", [()] * len(self.parts)))
+    def reset(self, seeds: list[int] | None = None) -> np.ndarray:
+        return np.concatenate(self._call("reset", [(seeds and seeds[part],) for part in self.parts]))
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         results = self._call("step", [(actions[part],) for part in self.parts])

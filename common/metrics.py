@@ -2,13 +2,14 @@
 
 Conventions
 -----------
-* Features are post-activations, one (batch, units) tensor per hidden layer, as `hidden_features` returns them.
+* Features are what the layers after a hidden layer read: one (batch, units) tensor per hidden layer, as
+  `hidden_features` returns them from any network.
 * `active` holds one boolean (units,) mask per layer; units outside it count neither as units nor in a layer's mean.
 * What is computed from tensors is returned as a tensor on the same device (0-d for a single number); `.item()`, which
   waits for a GPU, is left to the caller. NaN or infinity in the features gives NaN, never a plausible number.
 * Evaluation and continual-learning metrics return Python floats and numpy arrays.
 
-Aggregation over seeds (interquartile mean, bootstrap intervals) is rliable's: see tests/benchmarks/plot_results.py.
+Aggregation over seeds (interquartile mean, bootstrap intervals) is rliable's: see common/plot.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,41 +19,59 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.envs import seed_of
+
+DORMANT_TAUS = {"dormant_ratio_0": 0.0, "dormant_ratio_0.025": 0.025, "dormant_ratio_0.1": 0.1}
+
 # ------------------------------------------------------------------------------------------------ hidden features
 
 
-def hidden_features(
-    module: nn.Module,
-    inputs: Tensor | tuple[Tensor, ...],
-    activations: tuple[type[nn.Module], ...] = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Tanh),
-) -> list[Tensor]:
-    """Outputs of the activation modules during one forward pass `module(*inputs)`, in the order of the calls.
+def hidden_features(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Activations of all hidden layers during one forward pass `module(*inputs)`, in the order of the calls.
 
-    Forward hooks collect them, so no network needs a second forward method. An output layer must not end in one of
-    `activations`: squash actions with `torch.tanh`, not `nn.Tanh`. Give the plain module, not what `torch.compile`
-    returns: compiled code may not see hooks that were added after it was compiled.
+    A hidden layer's activation is what the next layer reads: so any activation will do, in any form. They are caught at
+    the inputs of every layer but the first; what two heads or twins read in common counts once, and so does the
+    network's own input, which is no feature. A layer is a module with a `weight` parameter of two or more dimensions.
+    Its forward hooks must run: give the plain module, not what `torch.compile` returns.
 
-    Returns a list of (batch, units) tensors without gradient. A layer that is batched over k experts gives
-    (k, batch, units): turn it into (batch, k * units) by `h.transpose(0, 1).flatten(1)` before measuring it.
-    Raises ValueError if no activation module ran (a functional `F.relu` has no hook).
+    Returns a list of (samples, units) tensors without gradient. A convolution's input (batch, channels, height, width)
+    gives a row per place and a unit per channel. The input (k, batch, units) of a layer with a weight per expert,
+    (k, ...), gives k * units units. Raises ValueError where no hidden layer ran.
     """
-    features: list[Tensor] = []
-    hooks = [
-        # A hook that returns a value would replace the output; list.append returns None.
-        layer.register_forward_hook(lambda _layer, _inputs, output: features.append(output))
-        for layer in module.modules()
-        if isinstance(layer, activations)
-    ]
+    seen, features = list(inputs), []
+
+    def catch(layer: nn.Module, arguments: tuple) -> None:
+        x = arguments[0]
+        if not any(same_memory(x, other) for other in seen):
+            if len(seen) > len(inputs):  # the first layer reads no hidden layer, even where the inputs were joined
+                features.append(units_last(layer, x).detach())
+            seen.append(x)
+
+    layers = [layer for layer in module.modules() if getattr(getattr(layer, "weight", None), "ndim", 0) > 1]
+    hooks = [layer.register_forward_pre_hook(catch) for layer in layers]
     try:
         with torch.no_grad():
-            module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+            module(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
     if not features:
-        names = ", ".join(activation.__name__ for activation in activations)
-        raise ValueError(f"no activation module ({names}) ran in {type(module).__name__}: there is nothing to measure")
+        raise ValueError(f"no hidden layer ran in {type(module).__name__}: there is nothing to measure")
     return features
+
+
+def same_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same place, perhaps in another shape."""
+    return x.data_ptr() == y.data_ptr() and x.numel() == y.numel()
+
+
+def units_last(layer: nn.Module, x: Tensor) -> Tensor:
+    """The input of a layer as (samples, units)."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return x.movedim(1, -1).flatten(0, -2)
+    if x.ndim == 3 and layer.weight.ndim == 3:  # an expert each
+        return x.transpose(0, 1).flatten(1)
+    return x.flatten(0, -2)
 
 
 def _layers_and_masks(features: list[Tensor], active: list[Tensor] | None) -> list[tuple[Tensor, Tensor]]:
@@ -168,15 +187,27 @@ def grad_norm(module: nn.Module) -> Tensor:
     return nn.utils.get_total_norm(gradients) if gradients else torch.tensor(float("nan"))
 
 
-def latest_grad_norms(modules: dict[str, nn.Module], loaded: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`grad_norm` of each module, 0-d, by its name; one without any gradient has the norm in `loaded`, if there is one.
+def plasticity(
+    networks: dict[str, tuple[nn.Module, tuple[Tensor, ...]]], active: dict[str, list[Tensor]] | None = None
+) -> dict[str, Tensor]:
+    """The metrics above for each network, on its inputs, as {"plasticity/<network>/<metric>": 0-d tensor}.
 
-    Checkpoints hold no gradients: a resumed run that measures before its first update takes the norms saved with them.
+    One forward pass gives the dormant ratio at each of `DORMANT_TAUS`, the active fraction and the ranks of the last
+    hidden layer. active: by network, see the conventions above.
     """
-    return {
-        name: loaded[name] if name in loaded and all(p.grad is None for p in module.parameters()) else grad_norm(module)
-        for name, module in modules.items()
-    }
+    scalars = {}
+    for name, (module, inputs) in networks.items():
+        features, masks = hidden_features(module, inputs), (active or {}).get(name)
+        measured = {metric: dormant_ratio(features, tau, masks) for metric, tau in DORMANT_TAUS.items()}
+        measured |= {"active_fraction": active_fraction(features, masks), "weight_norm": weight_norm(module)}
+        measured |= {rank.__name__: rank(features[-1]) for rank in (srank, effective_rank, stable_rank)}
+        scalars |= {f"plasticity/{name}/{metric}": value for metric, value in measured.items()}
+    return scalars
+
+
+def grad_norms(**modules: nn.Module) -> dict[str, Tensor]:
+    """`grad_norm` of each module, as {"plasticity/<network>/grad_norm": 0-d tensor}."""
+    return {f"plasticity/{name}/grad_norm": grad_norm(module) for name, module in modules.items()}
 
 
 def gradient_cosine(gradients: Tensor) -> Tensor:
@@ -262,8 +293,7 @@ def evaluate(
         raise ValueError(f"episodes must be at least 1, got {episodes}")
     returns, lengths, successes, reports_success = [], [], [], False
     for episode in range(episodes):
-        episode_seed = np.random.SeedSequence([*np.atleast_1d(seed), episode]).generate_state(1)
-        observation, _ = env.reset(seed=int(episode_seed[0]))
+        observation, _ = env.reset(seed=seed_of(*np.atleast_1d(seed), episode))
         episode_return, length, success, done = 0.0, 0, False, False
         while not done:
             if stop is not None and stop():
@@ -388,3 +418,60 @@ def _phase_curves(success: np.ndarray, phase_of_evaluation: np.ndarray) -> list[
     if (np.diff(phase) < 0).any():
         raise ValueError(f"phases must not decrease (phases count visits, not tasks): got {phase.tolist()}")
     return [success[phase == i, i] for i in range(tasks)]
+
+
+def continual_report(rows: list[dict], tasks: list[str], reference: dict[str, float] | None) -> dict:
+    """Final success, forgetting and Continual World's P, F, FT from the evaluations of a run.
+
+    `final_success` and `forgetting` compare single evaluations on the same goals: at the end of a task's phase and at
+    the end of the run. Continual World's P and F average five evaluations. reference: AUC^ref by task, for FT.
+    """
+    # --eval-all has rows of tasks that were not trained yet: left out, so that they count 0 as without it
+    success, phases = success_matrix([row for row in rows if row["task_index"] <= row["phase"]], len(tasks))
+    at_phase_end = np.array([success[phases == i][-1, i] for i in range(len(tasks))])
+    report = {
+        "final_success": success[-1].mean(),
+        "forgetting": (at_phase_end - success[-1]).mean(),
+        "performance_cw": performance_cw(success)[0],
+        "forgetting_cw": forgetting_cw(success, phases)[0],
+        "success_at_phase_end": at_phase_end.tolist(),
+        "success_at_run_end": success[-1].tolist(),
+        "auc": auc_cw(success, phases).tolist(),
+    }
+    if reference is None:
+        report["forward_transfer_cw"] = "needs --reference"
+    elif all(reference[task] == 1 for task in tasks):
+        report["forward_transfer_cw"] = "undefined: the reference is perfect"
+    else:
+        auc = np.array([reference[task] for task in tasks])
+        report["forward_transfer_cw"] = forward_transfer_cw(success, phases, auc)[0]
+    return {name: float(value) if isinstance(value, np.floating) else value for name, value in report.items()}
+
+
+def overlap(neurons: list[list[Tensor]]) -> list[list[float]]:
+    """Intersection over union of the neurons that tasks use, layers together. neurons[task][layer]: indices."""
+    used = [{(layer, i) for layer, indices in enumerate(task) for i in indices.tolist()} for task in neurons]
+    return [[len(one & two) / len(one | two) for two in used] for one in used]
+
+
+def cycling_report(success: np.ndarray) -> dict[str, float]:
+    """ASR, FM and FWT of S[p, i], success on task i after phase p, where phase p trains task p mod n.
+
+    The paper's formulas are not public. These are our reading, chosen so that its numbers make sense (FM below 0.2 and
+    FWT above 0.95 with an ASR of 0.9):
+
+    asr: mean over phases, and over the tasks seen so far, of S: stability and plasticity together.
+    fm: mean over phases p and earlier tasks i, i not the task of p, of max(0, S after i's last training - S after p);
+        0 where there is only one task.
+    fwt: mean over phases of S on the phase's own task: the ability to learn the current task.
+    """
+    phases, tasks = success.shape
+    seen = [success[p, : min(p + 1, tasks)].mean() for p in range(phases)]
+    lost = []
+    for p in range(phases):
+        for i in range(min(p + 1, tasks)):
+            if i != p % tasks:
+                trained = p - (p - i) % tasks  # the last phase up to p that trained i
+                lost.append(max(0.0, success[trained, i] - success[p, i]))
+    own = [success[p, p % tasks] for p in range(phases)]
+    return {"asr": float(np.mean(seen)), "fm": float(np.mean(lost)) if lost else 0.0, "fwt": float(np.mean(own))}

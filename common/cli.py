@@ -1,0 +1,292 @@
+"""The command line of the five scripts: types that check arguments, presets, stored runs, exit codes.
+
+A script has a dataclass `Args`, a dict of presets and `main(args)`; `run(main, Args, PRESETS)` makes them a command.
+From Python `main(Args(quick=True))` does the same: `main` begins with `prepare`.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import itertools
+import json
+import math
+import re
+import signal
+import sys
+import tokenize
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from annotated_types import Ge, Gt, Interval, Le, Lt
+
+CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
+FORMAT = 2  # of config.json and checkpoint.pt; raised when an older run can no longer be read
+# What a field may hold. `check_types` enforces it, --help shows the choices of a Literal.
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Device = Literal["auto", "cpu", "cuda"]
+# Arguments that do not change what a run computes: free to differ on --resume.
+OUTPUT_ARGS = {"resume", "run_dir", "quiet", "track", "wandb_project", "capture_video", "checkpoint_every"}
+OUTPUT_ARGS |= {"num_workers", "device"}  # where it is computed; a device rounds in its own way
+EVALUATE_ARGS = ("evaluate", "episodes", "device", "quiet", "capture_video")  # of --evaluate itself
+BOUNDS = {  # bound -> (does the value keep it, how to say it)
+    Ge: (lambda value, bound: value >= bound.ge, lambda bound: f"at least {bound.ge}"),
+    Gt: (lambda value, bound: value > bound.gt, lambda bound: f"above {bound.gt}"),
+    Le: (lambda value, bound: value <= bound.le, lambda bound: f"at most {bound.le}"),
+    Lt: (lambda value, bound: value < bound.lt, lambda bound: f"below {bound.lt}"),
+}
+
+
+class ArgumentError(ValueError):
+    """A bad argument: one line for the user, exit code 2."""
+
+
+class NotFiniteError(ArithmeticError):
+    """A loss, weight or action that is not finite: exit code 1."""
+
+
+class Interrupted(Exception):
+    """The run stopped on a signal after writing its checkpoint: exit code 128 + signal number."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+# ---------------------------------------------------------------------------------------------------- how main begins
+
+
+def prepare(args, script: str, presets: dict[str, dict] | None = None):
+    """How every `main` begins. -> the arguments, the checkpoint of `--resume` (else None), the device.
+
+    presets: values by the argument that asks for them, {"quick": {...}, "preset mrq": {...}}. Where `args` were made in
+    Python, a field that still has its default takes the preset's value, or with `resume` the stored run's.
+    With `evaluate` the arguments are those of the stored run, with the options of the evaluation itself.
+    Raises ArgumentError for whatever is wrong with them.
+    """
+    if args.evaluate:
+        own = {name: getattr(args, name) for name in EVALUATE_ARGS}
+        args = dataclasses.replace(args, **stored_args(args.evaluate, type(args)) | own)
+    elif not hasattr(args, "parsed"):
+        args = with_defaults(args, stored_args(args.resume, type(args)) if args.resume else chosen(args, presets or {}))
+    check_types(args)
+    if args.resume:
+        refuse_contradictions(args, stored_args(args.resume, type(args)))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    torch.set_num_threads(args.torch_threads)
+    torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
+    torch.manual_seed(args.seed)
+    checkpoint = load_checkpoint(args.resume, script) if args.resume else None
+    return args, checkpoint, torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def chosen(args, presets: dict[str, dict]) -> dict:
+    """The values of the presets that `args` ask for."""
+    values = {}
+    for name, preset in presets.items():
+        field, _, choice = name.partition(" ")
+        if getattr(args, field) in (True, choice):
+            values |= preset
+    return values
+
+
+def with_defaults(args, values: dict):
+    """`args` with `values` in the fields that have their class's default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    given = {name for name, value in defaults.items() if getattr(args, name) != value}
+    return dataclasses.replace(args, **{name: value for name, value in values.items() if name not in given})
+
+
+def load_run(run_dir: str, cls: type, script: str):
+    """Arguments and checkpoint of a stored run, to play its policy. The tensors stay in the file until they are read.
+
+    Raises ArgumentError where there is no such run.
+    """
+    return cls(**stored_args(run_dir, cls)), load_checkpoint(run_dir, script, mmap=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- checking
+
+
+def flag(name: str) -> str:
+    """Field name -> the word typed on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def require(args, name: str, condition: bool, allowed: str) -> None:
+    """Raise ArgumentError with the argument, its value and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise ArgumentError(f"{flag(name)} {getattr(args, name)}: must be {allowed}")
+
+
+def check_types(args) -> None:
+    """Raise ArgumentError for the first field whose value its type does not allow: a Literal's choices, bounds, NaN."""
+    for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if value is None and type(None) in options:
+            continue
+        for option in options:
+            if typing.get_origin(option) is Literal:
+                choices = typing.get_args(option)
+                require(args, name, value in choices, "one of " + ", ".join(map(str, choices)))
+            marks = getattr(option, "__metadata__", ())
+            bounds = [bound for mark in marks for bound in (mark if isinstance(mark, Interval) else (mark,))]
+            bounds = [bound for bound in bounds if type(bound) in BOUNDS]  # others concern the command line only
+            allowed = " and ".join(BOUNDS[type(bound)][1](bound) for bound in bounds)
+            kept = all(BOUNDS[type(bound)][0](value, bound) for bound in bounds)
+            require(args, name, kept, allowed)
+        require(args, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
+
+
+def refuse_contradictions(args, stored: dict) -> None:
+    """Raise ArgumentError naming both values where `args` differ from the run that they resume."""
+    for name, value in dataclasses.asdict(args).items():
+        if name not in OUTPUT_ARGS and name in stored and value != stored[name]:
+            raise ArgumentError(f"{flag(name)} {value}: contradicts the resumed run, which has {stored[name]}")
+
+
+# -------------------------------------------------------------------------------------------------------- stored runs
+
+
+def script_of(cls: type) -> str:
+    """Name of the script, without `.py`, whose arguments `cls` holds."""
+    return Path(inspect.getfile(cls)).stem
+
+
+def stored_args(run_dir: str, cls: type) -> dict:
+    """The arguments in `run_dir`/config.json; ArgumentError if there are none or they belong to another script."""
+    path = Path(run_dir) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        stored, script, version = dict(config["args"]), config.get("script"), config.get("format")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArgumentError(f"{run_dir}: no readable run here ({CONFIG}: {type(error).__name__})") from None
+    if version != FORMAT:
+        raise ArgumentError(f"{path}: a run of another version (format {version or 1}; this version reads {FORMAT})")
+    unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(cls)})
+    if script != script_of(cls) or unknown:
+        raise ArgumentError(f"{path}: not a run of {script_of(cls)}.py, but of {script}.py {', '.join(unknown)}".strip())
+    return stored
+
+
+def load_checkpoint(run_dir: str, script: str, mmap: bool = False) -> dict:
+    """Read `run_dir`/checkpoint.pt on the CPU. Loads tensors and plain values only: a stranger's file runs no code."""
+    path = Path(run_dir) / CHECKPOINT
+    if not path.is_file():
+        raise ArgumentError(f"{path}: no checkpoint here")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # unpickling damaged bytes can raise anything
+        raise ArgumentError(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("script") != script:
+        raise ArgumentError(f"{path}: not a checkpoint of {script}.py")
+    if checkpoint.get("format") != FORMAT:
+        raise ArgumentError(f"{path}: of another version (format {checkpoint.get('format', 1)}, not {FORMAT})")
+    return checkpoint
+
+
+# ------------------------------------------------------------------------------------------------------------ parsing
+
+
+def parse_args(cls: type, presets: dict[str, dict] | None = None, argv: list[str] | None = None):
+    """Parse `argv` into the dataclass `cls` with tyro. Raises ArgumentError for what cannot be parsed.
+
+    A preset (`presets["quick"]` for `--quick`, `presets["preset mrq"]` for `--preset mrq`) or the stored arguments of
+    `--resume RUN_DIR` become the defaults, so whatever else is typed wins over a preset and is compared with a stored
+    run (by `prepare`).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    defaults, typed = {}, [*argv, *map(" ".join, itertools.pairwise(argv))]
+    for name, values in (presets or {}).items():
+        if "--" + name in typed or "--" + name.replace(" ", "=") in typed:
+            defaults |= values
+    for i, word in enumerate(argv):
+        if word.startswith("--resume=") or (word == "--resume" and i + 1 < len(argv)):
+            defaults = stored_args(word.partition("=")[2] or argv[i + 1], cls)
+    framed, grouped = io.StringIO(), grouped_class(cls, defaults, presets or {})
+    try:
+        with contextlib.redirect_stderr(framed):
+            parsed = tyro.cli(grouped, args=argv, description=inspect.getmodule(cls).__doc__.partition("\n")[0])
+    except SystemExit as leaving:
+        if not leaving.code:  # --help
+            raise
+        raise ArgumentError(one_line(framed.getvalue())) from None
+    args = cls(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    args.parsed = True  # `prepare` leaves presets and stored values alone: what was typed has won already
+    return args
+
+
+def grouped_class(cls: type, defaults: dict, presets: dict[str, dict]) -> type:
+    """`cls` for tyro: a field per `# --- heading ---` in its source, with the fields below it; comments are their help.
+
+    defaults: in place of the class's own. The help of a field names what presets set it to.
+    """
+    groups: dict[str, list] = {"": []}
+    hints, (helps, headings) = typing.get_type_hints(cls, include_extras=True), comments(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in headings:
+            groups[headings[field.name]] = []
+        shown = [f"{flag(name)}: {values[field.name]}" for name, values in presets.items() if field.name in values]
+        text = helps[field.name] + (f" [{', '.join(shown)}]" if shown else "")
+        hint = Annotated[hints[field.name], tyro.conf.arg(help=text)]
+        list(groups.values())[-1].append((field.name, hint, defaults.get(field.name, field.default)))
+    fields = []
+    for i, (heading, members) in enumerate(groups.items()):
+        group = dataclasses.make_dataclass(f"Group{i}", members)
+        hint = Annotated[group, tyro.conf.arg(name=heading, help=""), tyro.conf.OmitArgPrefixes]
+        fields.append((f"group{i}", hint, dataclasses.field(default_factory=group)))
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def comments(cls: type) -> tuple[dict[str, str], dict[str, str]]:
+    """From the source of a dataclass: the comment at each field, and the heading above a field, where there is one."""
+    source = inspect.getsource(cls)
+    [definition] = ast.parse(source).body
+    fields = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
+    helps, headings = dict.fromkeys((node.target.id for node in fields), ""), {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, heading = token.start[0], re.fullmatch(r"# --- (.+) ---", token.string)
+            field = next(node.target.id for node in fields if node.end_lineno >= line)
+            if heading:
+                headings[field] = heading[1]
+            else:
+                helps[field] = token.string.removeprefix("# ")
+    return helps, headings
+
+
+def one_line(framed: str) -> str:
+    """A message of tyro without its frame: the paragraphs between the rulers, but not the last, the hint at --help."""
+    lines = [line.strip("│ ") for line in framed.splitlines() if not line.startswith(("╭", "╰"))]
+    groups = itertools.groupby(lines, lambda line: line.strip("─-") == "")  # -: where the terminal has ASCII only
+    paragraphs = [" ".join(group) for ruler, group in groups if not ruler]
+    return "; ".join(paragraphs[:-1]) or " ".join(framed.split())
+
+
+def run(main, cls: type, presets: dict[str, dict] | None = None) -> None:
+    """Run `main(parse_args(cls))` and turn what a user can cause into one line and an exit code."""
+    try:
+        main(parse_args(cls, presets))
+    except ArgumentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except NotFiniteError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Interrupted as interrupt:
+        print(interrupt, file=sys.stderr)
+        raise SystemExit(interrupt.exit_code) from None
+    except KeyboardInterrupt:  # before there was a run to save, or the second Ctrl-C
+        raise SystemExit(128 + signal.SIGINT) from None
