@@ -176,8 +176,11 @@ def stored_args(run_dir: str, cls: type) -> dict:
     if version != FORMAT:
         raise ArgumentError(f"{path}: a run of another version (format {version or 1}; this version reads {FORMAT})")
     unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(cls)})
-    if script != script_of(cls) or unknown:
-        raise ArgumentError(f"{path}: not a run of {script_of(cls)}.py, but of {script}.py {', '.join(unknown)}".strip())
+    own = script_of(cls)
+    if script != own or unknown:
+        raise ArgumentError(
+            f"{path}: not a run of {script_of(cls)}.py, but of {script}.py {', '.join(unknown)}".strip()
+        )
     return stored
 
 

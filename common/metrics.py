@@ -38,14 +38,13 @@ def hidden_features(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tenso
     gives a row per place and a unit per channel. The input (k, batch, units) of a layer with a weight per expert,
     (k, ...), gives k * units units. Raises ValueError where no hidden layer ran.
     """
-    seen, features = list(inputs), []
+    read, features = list(inputs), []
 
     def catch(layer: nn.Module, arguments: tuple) -> None:
-        x = arguments[0]
-        if not any(same_memory(x, other) for other in seen):
-            if len(seen) > len(inputs):  # the first layer reads no hidden layer, even where the inputs were joined
-                features.append(units_last(layer, x).detach())
-            seen.append(x)
+        x, first = arguments[0], len(read) == len(inputs)  # the first layer may read the inputs joined: no feature
+        if not first and not any(same_memory(x, other) for other in read):
+            features.append(units_last(layer, x))
+        read.append(x)
 
     layers = [layer for layer in module.modules() if getattr(getattr(layer, "weight", None), "ndim", 0) > 1]
     hooks = [layer.register_forward_pre_hook(catch) for layer in layers]
@@ -130,8 +129,11 @@ def active_fraction(features: list[Tensor], active: list[Tensor] | None = None) 
     return torch.where(torch.stack(finite).all(), sum(positive) / sum(entries), torch.nan)
 
 
-def _singular_values(features: Tensor) -> Tensor:
-    """Singular values of (batch, units) features, descending; NaN if any entry is not finite."""
+def singular_values(features: Tensor) -> Tensor:
+    """Singular values of (batch, units) features, descending: what the three ranks take. NaN if an entry is not finite.
+
+    Raises ValueError for features that are empty or not a matrix.
+    """
     if features.ndim != 2 or features.numel() == 0:
         raise ValueError(f"need non-empty (batch, units) features, got {tuple(features.shape)}")
     # LAPACK raises on NaN and cuSOLVER may not come back: decompose zeros in its place and put NaN into the result.
@@ -139,36 +141,34 @@ def _singular_values(features: Tensor) -> Tensor:
     return torch.where(finite, torch.linalg.svdvals(torch.where(finite, features, 0)), torch.nan)
 
 
-def srank(features: Tensor, delta: float = 0.01) -> Tensor:
-    """Effective rank srank_delta of (batch, units) features (Kumar et al. 2020, implicit under-parameterization).
+def srank(sigma: Tensor, delta: float = 0.01) -> Tensor:
+    """Effective rank srank_delta of features with these singular values (Kumar et al. 2020, under-parameterization).
 
     Smallest k with sum_{i<=k} sigma_i / sum_i sigma_i >= 1 - delta; 0 for features that are zero everywhere.
     Returns a 0-d tensor. Raises ValueError for delta outside [0, 1).
     """
     if not 0 <= delta < 1:
         raise ValueError(f"delta must lie in [0, 1), got {delta}")
-    cumulative = _singular_values(features).cumsum(0)
+    cumulative = sigma.cumsum(0)
     total = cumulative[-1]
     rank = (cumulative < (1 - delta) * total).sum() + 1
     return torch.where(total > 0, rank, total)  # total is 0 for dead and NaN for invalid features
 
 
-def effective_rank(features: Tensor) -> Tensor:
+def effective_rank(sigma: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values, p = sigma / sum sigma (Roy & Vetterli 2007).
 
-    Between 1 and min(batch, units); 0 for features that are zero everywhere. (batch, units) -> 0-d tensor.
+    Between 1 and min(batch, units); 0 for features that are zero. sigma: singular values, descending -> 0-d tensor.
     """
-    sigma = _singular_values(features)
     total = sigma.sum()
     return torch.where(total > 0, torch.special.entr(sigma / total).sum().exp(), total)
 
 
-def stable_rank(features: Tensor) -> Tensor:
+def stable_rank(sigma: Tensor) -> Tensor:
     """||H||_F^2 / ||H||_2^2 = sum sigma_i^2 / sigma_1^2 (Rudelson & Vershynin 2007). Some toolboxes call this srank.
 
-    Between 1 and min(batch, units); 0 for features that are zero everywhere. (batch, units) -> 0-d tensor.
+    Between 1 and min(batch, units); 0 for features that are zero. sigma: singular values, descending -> 0-d tensor.
     """
-    sigma = _singular_values(features)
     # Dividing before squaring keeps small features out of the underflow.
     return torch.where(sigma[0] > 0, (sigma / sigma[0]).square().sum(), sigma[0])
 
@@ -200,7 +200,8 @@ def plasticity(
         features, masks = hidden_features(module, inputs), (active or {}).get(name)
         measured = {metric: dormant_ratio(features, tau, masks) for metric, tau in DORMANT_TAUS.items()}
         measured |= {"active_fraction": active_fraction(features, masks), "weight_norm": weight_norm(module)}
-        measured |= {rank.__name__: rank(features[-1]) for rank in (srank, effective_rank, stable_rank)}
+        sigma = singular_values(features[-1])
+        measured |= {rank.__name__: rank(sigma) for rank in (srank, effective_rank, stable_rank)}
         scalars |= {f"plasticity/{name}/{metric}": value for metric, value in measured.items()}
     return scalars
 
