@@ -178,9 +178,8 @@ def stored_args(run_dir: str, cls: type) -> dict:
     unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(cls)})
     own = script_of(cls)
     if script != own or unknown:
-        raise ArgumentError(
-            f"{path}: not a run of {script_of(cls)}.py, but of {script}.py {', '.join(unknown)}".strip()
-        )
+        what = f" (it has {', '.join(unknown)})" if unknown else ""
+        raise ArgumentError(f"{path}: the run of {script}.py, not of {own}.py{what}")
     return stored
 
 
