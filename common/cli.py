@@ -134,7 +134,7 @@ def check_types(args) -> None:
     """Raise ArgumentError for the first field whose value its type does not allow: a Literal's choices, bounds, NaN."""
     for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
         if value is None and type(None) in options:
             continue
         for option in options:

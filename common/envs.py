@@ -92,9 +92,15 @@ def seed_of(*words: int) -> int:
     return int(np.random.SeedSequence([int(word) for word in words]).generate_state(1)[0])
 
 
-def env_sizes(env_id: str) -> tuple[int, int]:
-    """Observation and action dimension of an environment."""
-    env = make_env(env_id, seed=0)
+def env_sizes(env_id: str, flag: str = "--env-id") -> tuple[int, int]:
+    """Observation and action dimension of an environment. Raises ArgumentError for one that `make_env` refuses.
+
+    flag: the argument that named it.
+    """
+    try:
+        env = make_env(env_id, seed=0)
+    except ValueError as error:
+        raise ArgumentError(f"{flag} {env_id}: {error}") from None
     env.close()
     return env.observation_space.shape[0], env.action_space.shape[0]
 

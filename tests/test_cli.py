@@ -1,0 +1,246 @@
+"""The command line: types that check arguments, presets, help in groups, stored runs, damaged files, exit codes."""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+import torch
+import tyro
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import cli
+from common.cli import ArgumentError, Fraction, Interrupted, NonNegativeInt, NotFiniteError, PositiveFloat, Seed
+from common.recorder import Recorder
+
+
+@dataclass
+class Args:
+    seed: Seed = 1  # seed of everything random
+    small: bool = False  # a first look
+    size: Literal["base", "large"] = "base"  # a preset
+    run_dir: str | None = None  # folder
+    resume: str | None = None  # go on
+    evaluate: str | None = None  # play
+    episodes: NonNegativeInt = 10  # of --evaluate
+    device: str = "cpu"  # where
+    torch_threads: int = 1
+    checkpoint_every: int = 100  # steps
+    eval_every: int = 10  # steps
+    capture_video: bool = False  # record
+    quiet: bool = True  # print nothing
+    track: bool = False  # mirror
+    wandb_project: str = "p"  # project
+
+    # --- SAC (CleanRL) ---
+
+    lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--policy-lr",))] = 0.1  # step size # of Adam
+    share: Fraction | None = None  # a share, or None
+
+
+PRESETS = {"small": {"lr": 0.5, "seed": 7}, "size large": {"lr": 0.7}}
+
+
+def run_folder(path, **changes):
+    """The folder of a run that was killed before its first step."""
+    agent = dataclasses.make_dataclass("Agent", [("STATE", tuple, ("weight",)), ("weight", object, torch.ones(3))])()
+    agent.weight.requires_grad_()
+    recorder = Recorder(Args(run_dir=str(path), **changes), "test_cli", "name", ["a"], [(100, 10)], None)
+    recorder.begin(agent, {"step": 0}, None, {"policy": 3})
+    recorder.close()
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------ parsing
+
+
+def test_presets_and_stored_arguments_are_defaults_and_what_is_typed_wins(tmp_path):
+    def parse(*words):
+        return cli.parse_args(Args, PRESETS, list(words))
+
+    assert parse() == Args()
+    assert parse("--small") == Args(small=True, lr=0.5, seed=7)
+    assert parse("--small", "--lr", "0.1") == Args(small=True, lr=0.1, seed=7)  # typed, though it is the default
+    assert parse("--size", "large") == parse("--size=large") == Args(size="large", lr=0.7)
+    assert parse("--policy-lr", "3") == Args(lr=3)
+    run_folder(tmp_path / "run", seed=5, lr=0.3)
+    for words in (["--resume", str(tmp_path / "run")], [f"--resume={tmp_path / 'run'}"]):
+        args = parse(*words)
+        assert (args.seed, args.lr, args.resume) == (5, 0.3, str(tmp_path / "run"))
+    with pytest.raises(ArgumentError, match="no readable run"):
+        parse("--resume", str(tmp_path / "nothing"))
+
+
+def test_python_is_an_interface_too(tmp_path):
+    def prepared(args):
+        return cli.prepare(args, "test_cli", PRESETS)[0]
+
+    assert prepared(Args(small=True)) == Args(small=True, lr=0.5, seed=7)
+    assert prepared(Args(small=True, lr=0.9)) == Args(small=True, lr=0.9, seed=7)
+    assert prepared(Args(size="large")) == Args(size="large", lr=0.7)
+    words = ["--small", "--lr", "0.1"]  # the command has settled it: a preset must not win afterwards
+    assert prepared(cli.parse_args(Args, PRESETS, words)) == Args(small=True, lr=0.1, seed=7)
+    run = str(run_folder(tmp_path / "run", seed=5, lr=0.3))
+    args, checkpoint, device = cli.prepare(Args(resume=run), "test_cli", PRESETS)
+    assert (args.seed, args.lr, args.resume, device.type) == (5, 0.3, run, "cpu")
+    assert checkpoint["agent"]["weight"].tolist() == [1, 1, 1]
+    with pytest.raises(ArgumentError, match=r"--lr 0\.2: contradicts the resumed run, which has 0\.3"):
+        prepared(Args(resume=run, lr=0.2))
+    assert prepared(Args(resume=run, quiet=False, wandb_project="other")).wandb_project == "other"
+
+
+def test_evaluate_takes_the_stored_arguments_and_its_own_options(tmp_path):
+    run = str(run_folder(tmp_path / "run", seed=5, lr=0.3))
+    args, checkpoint, _ = cli.prepare(Args(evaluate=run, episodes=2, seed=8), "test_cli", PRESETS)
+    assert (args.seed, args.lr, args.episodes, args.evaluate, checkpoint) == (5, 0.3, 2, run, None)
+
+
+def test_help_has_groups_choices_defaults_and_presets(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["script.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as leaving:
+        cli.run(lambda args: None, Args, PRESETS)
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 0 and err == ""
+    assert __doc__.splitlines()[0] in " ".join(re.sub("[│\n]", " ", out).split())
+    own, sac = out.split("SAC (CleanRL)")
+    assert "--wandb-project" in own and "--lr" not in own and "--lr" in sac
+    assert "{base,large}" in own and "(default: base)" in own
+    text = " ".join(re.sub("│", " ", sac).split())
+    assert "step size # of Adam [--small: 0.5, --size large: 0.7] (default: 0.1)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--seed", "abc"], "Error parsing --seed: invalid literal for int() with base 10: 'abc'"),
+        (["--seed"], "Missing value for argument '--seed'"),
+        (["--sed", "3"], "Unrecognized options: --sed, 3; Perhaps you meant: --seed INT"),
+        (["--size", "huge"], "invalid choice 'huge' for argument '--size'. Expected one of ('base', 'large')"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_words_that_cannot_be_parsed_give_one_line_and_exit_2(words, expected, encoding, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(type(sys.stdout), "encoding", encoding, raising=False)
+    monkeypatch.setattr("sys.argv", ["script.py", *words])
+    with pytest.raises(SystemExit) as leaving:
+        cli.run(lambda args: None, Args)
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 2 and out == ""
+    assert re.fullmatch(r"error: .*\n", err) and not re.search("[─│]|---|--help", err)
+    assert expected.replace(" ", "") in err.replace(" ", "")
+
+
+def test_a_message_without_the_frame_we_know_is_shown_whole():
+    assert cli.one_line("error:\n  a bad word\n") == "error: a bad word"
+
+
+# ----------------------------------------------------------------------------------------------------------- checking
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.integers(-(2**40), 2**40), st.floats(), st.none() | st.floats(), st.integers(-5, 5))
+def test_a_value_passes_exactly_when_its_type_allows_it(seed, lr, share, episodes):
+    allowed = 0 <= seed < 2**32 and 0 < lr < float("inf") and (share is None or 0 <= share <= 1) and episodes >= 0
+    args = Args(seed=seed, lr=lr, share=share, episodes=episodes)
+    if allowed:
+        cli.check_types(args)
+    else:
+        with pytest.raises(ArgumentError, match=r"^--(seed|lr|share|episodes) \S+: must be [^\n]+$"):
+            cli.check_types(args)
+
+
+def test_what_is_allowed_is_said():
+    for change, line in [
+        ({"seed": -1}, "--seed -1: must be at least 0 and below 4294967296"),
+        ({"lr": 0.0}, "--lr 0.0: must be above 0"),
+        ({"share": 1.5}, "--share 1.5: must be at least 0 and at most 1"),
+        ({"lr": float("inf")}, "--lr inf: must be a finite number"),
+        ({"size": "huge"}, "--size huge: must be one of base, large"),
+    ]:
+        with pytest.raises(ArgumentError) as error:
+            cli.check_types(Args(**change))
+        assert str(error.value) == line
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ArgumentError, match="--device cuda: this PyTorch sees no CUDA device"):
+        cli.prepare(Args(device="cuda"), "test_cli")
+
+
+# -------------------------------------------------------------------------------------------------------- stored runs
+
+
+def test_the_config_of_another_script_or_version_is_refused(tmp_path):
+    path = run_folder(tmp_path / "run") / "config.json"
+    stored = json.loads(path.read_text())
+    assert stored["script"] == "test_cli" and stored["format"] == cli.FORMAT and stored["total_steps"] == 100
+    for change, message in [
+        ({"script": "other"}, r"the run of other\.py, not of test_cli\.py"),
+        ({"args": stored["args"] | {"foreign": 1}}, r"\(it has foreign\)"),
+        ({"format": None}, r"another version \(format 1; this version reads 2\)"),
+        ({"format": 3}, r"another version \(format 3; this version reads 2\)"),
+        ({"args": 5}, "no readable run here"),
+    ]:
+        path.write_text(json.dumps(stored | change))
+        with pytest.raises(ArgumentError, match=message):
+            cli.stored_args(str(tmp_path / "run"), Args)
+    path.write_text("[]")
+    with pytest.raises(ArgumentError, match="no readable run here"):
+        cli.stored_args(str(tmp_path / "run"), Args)
+
+
+DAMAGES = ["missing", "empty", "truncated", "garbage", "dots", "flipped", "foreign", "code", "list", "old"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("mmap", [False, True])
+def test_bad_checkpoints_give_one_line_with_the_file(tmp_path, damage, mmap):
+    path, sound = tmp_path / "checkpoint.pt", {"script": "script", "format": cli.FORMAT, "x": torch.randn(1000)}
+    torch.save(sound, path)
+    whole = path.read_bytes()
+    assert torch.equal(cli.load_checkpoint(str(tmp_path), "script", mmap)["x"], sound["x"])
+    if damage == "missing":
+        path.unlink()
+    elif damage == "flipped":
+        path.write_bytes(whole[:200] + bytes(b ^ 0xFF for b in whole[200:300]) + whole[300:])
+    elif damage in ("foreign", "list", "code", "old"):
+        wrong = {"foreign": {"script": "other"}, "list": [1, 2], "code": sound | {"x": os.system}}
+        torch.save(wrong.get(damage, sound | {"format": 1}), path)
+    else:
+        damaged = {"empty": b"", "truncated": whole[: len(whole) // 2], "garbage": b"hello world" * 50, "dots": b"...."}
+        path.write_bytes(damaged[damage])
+    with pytest.raises(ArgumentError, match=r"checkpoint\.pt: ") as error:
+        cli.load_checkpoint(str(tmp_path), "script", mmap)
+    assert "\n" not in str(error.value)
+
+
+def test_load_run_gives_arguments_and_weights(tmp_path):
+    args, checkpoint = cli.load_run(str(run_folder(tmp_path / "run", seed=3)), Args, "test_cli")
+    assert args.seed == 3 and checkpoint["agent"]["weight"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ArgumentError("bad"), 2),
+        (NotFiniteError("nan"), 1),
+        (Interrupted(2, "stopped"), 130),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes_and_one_line(monkeypatch, capsys, error, code):
+    def main(args):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(SystemExit) as leaving:
+        cli.run(main, Args)
+    assert leaving.value.code == code
+    assert capsys.readouterr().err.count("\n") == (not isinstance(error, KeyboardInterrupt))
