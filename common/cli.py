@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -84,6 +85,8 @@ def prepare(args, script: str, presets: dict[str, dict] | None = None):
         refuse_contradictions(args, stored_args(args.resume, type(args)))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    draws = not args.capture_video or os.environ.get("MUJOCO_GL") != "disable"  # see common/envs.py
+    require(args, "capture_video", draws, "off: no EGL library is here to draw with")
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
     torch.manual_seed(args.seed)
@@ -133,20 +136,24 @@ def require(args, name: str, condition: bool, allowed: str) -> None:
 def check_types(args) -> None:
     """Raise ArgumentError for the first field whose value its type does not allow: a Literal's choices, bounds, NaN."""
     for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
-        value = getattr(args, name)
-        options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-        if value is None and type(None) in options:
+        value, marks = getattr(args, name), []
+        while hint is not None:  # peel the annotations off, down to the plain type
+            marks += getattr(hint, "__metadata__", ())
+            if typing.get_origin(hint) is Annotated:
+                hint = typing.get_args(hint)[0]
+            elif typing.get_origin(hint) in (types.UnionType, typing.Union):  # `X | None`
+                hint = None if value is None else typing.get_args(hint)[0]
+            else:
+                break
+        if hint is None:
             continue
-        for option in options:
-            if typing.get_origin(option) is Literal:
-                choices = typing.get_args(option)
-                require(args, name, value in choices, "one of " + ", ".join(map(str, choices)))
-            marks = getattr(option, "__metadata__", ())
-            bounds = [bound for mark in marks for bound in (mark if isinstance(mark, Interval) else (mark,))]
-            bounds = [bound for bound in bounds if type(bound) in BOUNDS]  # others concern the command line only
-            allowed = " and ".join(BOUNDS[type(bound)][1](bound) for bound in bounds)
-            kept = all(BOUNDS[type(bound)][0](value, bound) for bound in bounds)
-            require(args, name, kept, allowed)
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            require(args, name, value in choices, "one of " + ", ".join(map(str, choices)))
+        bounds = [bound for mark in marks for bound in (mark if isinstance(mark, Interval) else (mark,))]
+        bounds = [bound for bound in bounds if type(bound) in BOUNDS]  # other marks concern the command line only
+        allowed = " and ".join(BOUNDS[type(bound)][1](bound) for bound in bounds)
+        require(args, name, all(BOUNDS[type(bound)][0](value, bound) for bound in bounds), allowed)
         require(args, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
 
 

@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import cli
-from common.cli import ArgumentError, Fraction, Interrupted, NonNegativeInt, NotFiniteError, PositiveFloat, Seed
+from common.cli import (
+    ArgumentError,
+    Fraction,
+    Interrupted,
+    NonNegativeInt,
+    NotFiniteError,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+)
 from common.recorder import Recorder
 
 
@@ -41,6 +50,7 @@ class Args:
 
     lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--policy-lr",))] = 0.1  # step size # of Adam
     share: Fraction | None = None  # a share, or None
+    steps: Annotated[PositiveInt | None, tyro.conf.arg(aliases=("--total-timesteps",))] = None  # length
 
 
 PRESETS = {"small": {"lr": 0.5, "seed": 7}, "size large": {"lr": 0.7}}
@@ -162,6 +172,7 @@ def test_what_is_allowed_is_said():
         ({"lr": 0.0}, "--lr 0.0: must be above 0"),
         ({"share": 1.5}, "--share 1.5: must be at least 0 and at most 1"),
         ({"lr": float("inf")}, "--lr inf: must be a finite number"),
+        ({"steps": 0}, "--steps 0: must be at least 1"),
         ({"size": "huge"}, "--size huge: must be one of base, large"),
     ]:
         with pytest.raises(ArgumentError) as error:
@@ -172,6 +183,15 @@ def test_what_is_allowed_is_said():
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ArgumentError, match="--device cuda: this PyTorch sees no CUDA device"):
         cli.prepare(Args(device="cuda"), "test_cli")
+
+
+def test_a_video_is_refused_where_nothing_can_draw(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    cli.prepare(Args(capture_video=True), "test_cli")
+    monkeypatch.setenv("MUJOCO_GL", "disable")
+    cli.prepare(Args(), "test_cli")
+    with pytest.raises(ArgumentError, match="--capture-video True: must be off"):
+        cli.prepare(Args(capture_video=True), "test_cli")
 
 
 # -------------------------------------------------------------------------------------------------------- stored runs

@@ -1,40 +1,90 @@
-"""A run's record: folder, files, resume rules, checkpoints that are always whole, signals, exit codes."""
+"""A run's record: folder, files, checkpoints that are always whole, resume, signals, progress, pictures."""
 
 import csv
-import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
-import sys
+import time
 from dataclasses import dataclass
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from common import recorder as rec
-from common.recorder import ArgumentError, Interrupted, NotFiniteError, Recorder
+from common.cli import ArgumentError, Interrupted, NotFiniteError, load_checkpoint
+from common.recorder import Progress, Recorder, duration
+
+CPU = torch.device("cpu")
 
 
 @dataclass
 class Args:
     seed: int = 1
-    lr: float = 0.1
-    small: bool = False
     run_dir: str | None = None
     resume: str | None = None
+    eval_every: int = 10
+    eval_episodes: int = 2
+    checkpoint_every: int = 25
+    capture_video: bool = False
     quiet: bool = True
     track: bool = False
     wandb_project: str = "p"
 
 
-RESULT = {"episode_return": 1.5, "success": 0.5, "length": 200.0}
+class Agent:
+    """All kinds of things that a checkpoint holds."""
+
+    STATE = ("network", "log_alpha", "optimizer", "tensors", "generator", "inner", "count", "words")
+
+    def __init__(self, seed: int):
+        torch.manual_seed(seed)
+        self.network, self.log_alpha = nn.Linear(3, 2), torch.randn((), requires_grad=True)
+        self.optimizer = torch.optim.Adam([*self.network.parameters(), self.log_alpha], fused=True)
+        self.tensors = {"masks": [torch.rand(2) < 0.5, torch.rand(3)], "scores": {0: {"actor": [torch.rand(2)]}}}
+        self.generator, self.inner = torch.Generator().manual_seed(seed), None
+        self.count, self.words = seed, ["word"] * seed
+
+    def learn(self) -> None:
+        (self.network(torch.rand(4, 3)).sum() + self.log_alpha).backward()
+        self.optimizer.step()
+        self.count += 1
 
 
-def new_recorder(run_dir, checkpoint=None, **changes) -> Recorder:
-    return Recorder(Args(run_dir=str(run_dir), **changes), "script", "name", ["a", "b"], 100, checkpoint)
+class Task(gym.Env):
+    """Three steps of reward 1; success where it is told to."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, success: bool | None = True):
+        self.success = success
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        info = {} if self.success is None else {"success": float(self.success)}
+        return np.zeros(2, np.float32), 1.0, False, self.steps == 3, info
+
+
+def new_recorder(run_dir, checkpoint=None, phases=((100, 10),), **changes) -> Recorder:
+    return Recorder(Args(run_dir=str(run_dir), **changes), "script", "name", ["a", "b"], list(phases), checkpoint)
+
+
+def evaluate(recorder: Recorder, step: int, indices=(0,), success=True) -> bool:
+    def make(task, *, seed, render_mode):
+        return Task(success)
+
+    return recorder.evaluate(step, 0, indices, lambda index: lambda obs: np.zeros(1), make, stream=2)
 
 
 def read_csv(run_dir) -> list[dict]:
@@ -42,66 +92,73 @@ def read_csv(run_dir) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def read_events(run_dir) -> EventAccumulator:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return events
+
+
+# ---------------------------------------------------------------------------------------------------------- the files
+
+
 def test_a_run_leaves_every_file(tmp_path):
-    recorder = new_recorder(tmp_path / "run")
-    for step in (10, 20):
-        recorder.log(step, {"plasticity/actor/dormant_ratio": torch.tensor(0.25), "losses/q": 1.0})
-        recorder.log(step, {"sparsity/critic/density": 0.5, "sparsity/critic/layer1": 0.5})
-        recorder.evaluation(step, 0, 0, 5, RESULT)
-    recorder.evaluation(20, 0, 1, 5, RESULT | {"success": 1.0})
-    recorder.save(20, {"weights": torch.ones(3)})
-    results = recorder.finish(20, {"final_success": 0.75}, {"policy": 3})
     run_dir = tmp_path / "run"
+    recorder = new_recorder(run_dir)
+    recorder.begin(Agent(1), {}, None, {"policy": 3})
+    for step in (10, 20):
+        recorder.log(step, {"plasticity/actor/dormant_ratio_0.025": torch.tensor(0.25), "method/score": torch.rand(5)})
+        recorder.log(step, {"sparsity/critic/density": 0.5, "sparsity/critic/layer1": 0.5})
+        recorder.losses(step, {"q": torch.tensor(1.0)})
+        recorder.episode(step, "a", True, 7.0, 10, success=1.0)
+        assert evaluate(recorder, step, indices=(0, 1) if step == 20 else (0,))
+    results = recorder.finish(20, {"final_success": 0.75}, {"policy": 3})
+    assert results.pop("run_dir") == str(run_dir)
     assert json.loads((run_dir / "results.json").read_text()) == results
-    assert results["tasks"][1] == {"index": 1, "name": "b", "final_return": 1.5, "final_success": 1.0}
-    assert [row["global_step"] for row in read_csv(run_dir)] == ["10", "20", "20"]
-    assert list(read_csv(run_dir)[0]) == [
+    assert results["tasks"][1] == {"index": 1, "name": "b", "final_return": 3.0, "final_success": 1.0}
+    assert {"script", "seed", "global_step", "wall_seconds", "steps_per_second", "metrics", "parameters"} < set(results)
+    rows = read_csv(run_dir)
+    assert [(row["global_step"], row["task"], row["episode_length"]) for row in rows] == [
+        *(("10", "a", "3.0"), ("20", "a", "3.0"), ("20", "b", "3.0"))
+    ]
+    assert list(rows[0]) == [
         *("global_step", "phase", "task_index", "task", "episodes", "episode_return", "success", "episode_length")
     ]
     config = json.loads((run_dir / "config.json").read_text())
-    assert config["args"]["lr"] == 0.1 and "torch" in config["versions"] and "git_commit" in config
+    assert config["args"]["eval_every"] == 10 and "torch" in config["versions"] and "git_commit" in config
+    assert config["script"] == "script" and config["format"] == 2 and config["total_steps"] == 100
     assert (run_dir / "summary.png").read_bytes().startswith(b"\x89PNG")
-    expected = {"dormant_ratio": {"actor": [[10, 0.25], [20, 0.25]]}, "density": {"critic": [[10, 0.5], [20, 0.5]]}}
-    assert recorder.curves == expected
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    assert [e.value for e in events.Scalars("eval/success/a")] == [0.5, 0.5]
+    curve = [[10, 0.25], [20, 0.25]]
+    assert recorder.curves == {"dormant_ratio_0.025": {"actor": curve}, "density": {"critic": [[10, 0.5], [20, 0.5]]}}
+    events = read_events(run_dir)
+    assert [e.value for e in events.Scalars("eval/success/a")] == [1.0, 1.0]
     assert [e.step for e in events.Scalars("losses/q")] == [10, 20]
+    assert [e.value for e in events.Scalars("charts/episodic_length")] == [10, 10]
+    assert {"charts/episodic_return", "charts/episodic_success", "charts/SPS"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["histograms"] == ["method/score"]
     assert not list(run_dir.glob("*.tmp"))
 
 
 def test_an_environment_without_success_leaves_the_column_empty(tmp_path):
     recorder = new_recorder(tmp_path / "run")
-    recorder.evaluation(10, 0, 0, 5, RESULT | {"success": None})
+    evaluate(recorder, 10, success=None)
     results = recorder.finish(10, {}, {})
     assert read_csv(tmp_path / "run")[0]["success"] == "" and results["tasks"][0]["final_success"] is None
+    assert "eval/success/a" not in read_events(tmp_path / "run").Tags()["scalars"]
 
 
-def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
-    run_dir = tmp_path / "run"
-    first = new_recorder(run_dir)
-    first.evaluation(10, 0, 0, 5, RESULT)
-    first.log(10, {"losses/q": 1.0})
-    first.save(10, {"x": 1})
-    first.evaluation(20, 0, 0, 5, RESULT)
-    first.log(20, {"losses/q": 2.0})
-    first.close()
-    checkpoint = rec.load_checkpoint(str(run_dir), "script")
-    second = new_recorder(run_dir, checkpoint, resume=str(run_dir))
-    assert [row["global_step"] for row in read_csv(run_dir)] == ["10"]
-    assert second.seconds >= checkpoint["record"]["seconds"]
-    second.log(20, {"losses/q": 3.0})
-    second.close()
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("losses/q")] == [(10, 1.0), (20, 3.0)]
+def test_an_episode_that_the_phase_cut_short_is_not_logged(tmp_path):
+    recorder = new_recorder(tmp_path / "run")
+    recorder.episode(5, "a", False, 7.0, 5)
+    recorder.episode(8, "a", True, 9.0, 3)
+    recorder.close()
+    assert [(e.step, e.value) for e in read_events(tmp_path / "run").Scalars("charts/episodic_return")] == [(8, 9.0)]
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_resume_is_named(tmp_path):
     recorder = new_recorder(tmp_path / "run")
     recorder.close()
     new_recorder(tmp_path / "run").close()  # killed before its first checkpoint: there is nothing to go on from
-    recorder.save(0, {})
+    recorder.save(0, Agent(1), {})
     with pytest.raises(ArgumentError, match="--resume"):
         new_recorder(tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").unlink()  # of a finished run, to save space
@@ -117,154 +174,6 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
             new_recorder(run_dir)
 
 
-def test_contradicting_resume_arguments_name_both_values_and_output_options_are_free(tmp_path):
-    run_dir = tmp_path / "run"
-    recorder = new_recorder(run_dir)
-    recorder.save(0, {})
-    recorder.close()
-    checkpoint = rec.load_checkpoint(str(run_dir), "script")
-    with pytest.raises(ArgumentError, match=r"--lr 0\.2.*0\.1"):
-        new_recorder(run_dir, checkpoint, resume=str(run_dir), lr=0.2)
-    new_recorder(run_dir, checkpoint, resume=str(run_dir), quiet=True, wandb_project="other").close()
-
-
-def test_command_line_presets_and_stored_arguments_are_defaults(tmp_path):
-    presets = {"small": {"lr": 0.5, "seed": 7}}
-    parse = rec.parse_args
-    assert parse(Args, presets, []) == Args()
-    assert parse(Args, presets, ["--small"]) == Args(small=True, lr=0.5, seed=7)
-    assert parse(Args, presets, ["--small", "--lr", "0.9"]) == Args(small=True, lr=0.9, seed=7)
-    new_recorder(tmp_path / "run", seed=5, lr=0.3).close()
-    for words in (["--resume", str(tmp_path / "run")], [f"--resume={tmp_path / 'run'}"]):
-        args = parse(Args, presets, words)
-        assert (args.seed, args.lr, args.resume) == (5, 0.3, str(tmp_path / "run"))
-    with pytest.raises(ArgumentError, match="no readable run"):
-        parse(Args, presets, ["--resume", str(tmp_path / "nothing")])
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--seed", "abc"], "Error parsing --seed: invalid literal for int() with base 10: 'abc'"),
-        (["--seed"], "Missing value for argument '--seed'"),
-        (["--sed", "3"], "Unrecognized options: --sed, 3; Perhaps you meant: --seed INT"),
-    ],
-)
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_words_that_cannot_be_parsed_give_one_line_and_exit_2(words, expected, encoding, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr(type(sys.stdout), "encoding", encoding, raising=False)
-    monkeypatch.setattr("sys.argv", ["script.py", *words])
-    with pytest.raises(SystemExit) as leaving:
-        rec.run(lambda args: None, Args)
-    out, err = capsys.readouterr()
-    assert leaving.value.code == 2 and out == ""
-    assert re.fullmatch(rf"error: .*{re.escape(expected)}.*\n", err) and not re.search("[─│]|---|--help", err)
-
-
-def test_a_message_without_the_frame_we_know_is_shown_whole():
-    assert rec.one_line("error:\n  a bad word\n") == "error: a bad word"
-
-
-def test_help_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["script.py", "--help"])
-    with pytest.raises(SystemExit) as leaving:
-        rec.run(lambda args: None, Args)
-    out, err = capsys.readouterr()
-    assert leaving.value.code == 0 and "--wandb-project" in out and err == ""
-
-
-def test_another_scripts_run_is_refused(tmp_path):
-    new_recorder(tmp_path / "run").close()
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    config["args"]["foreign"] = 1
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArgumentError, match=r"another script.*foreign"):
-        rec.stored_args(str(tmp_path / "run"), Args)
-
-
-@pytest.mark.parametrize(
-    "damage", ["missing", "empty", "truncated", "garbage", "dots", "flipped", "foreign", "code", "list"]
-)
-def test_bad_checkpoints_give_one_line_with_the_file(tmp_path, damage):
-    path = tmp_path / "checkpoint.pt"
-    torch.save({"script": "script", "x": torch.randn(1000)}, path)
-    whole = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    elif damage == "flipped":
-        path.write_bytes(whole[:200] + bytes(b ^ 0xFF for b in whole[200:300]) + whole[300:])
-    elif damage == "foreign":
-        torch.save({"script": "other"}, path)
-    elif damage == "list":
-        torch.save([1, 2], path)
-    elif damage == "code":
-        torch.save({"script": "script", "x": os.system}, path)
-    else:
-        damaged = {"empty": b"", "truncated": whole[: len(whole) // 2], "garbage": b"hello world" * 50, "dots": b"...."}
-        path.write_bytes(damaged[damage])
-    with pytest.raises(ArgumentError, match=r"checkpoint\.pt: .*checkpoint") as error:
-        rec.load_checkpoint(str(tmp_path), "script")
-    assert "\n" not in str(error.value)
-
-
-def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
-    recorder = new_recorder(tmp_path / "run")
-    recorder.save(10, {"x": torch.ones(10)})
-
-    def dies(state, file):
-        file.write(b"half a checkpoint")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(OSError, match="disk full"):
-        recorder.save(20, {"x": torch.zeros(10)})
-    recorder.close()
-    checkpoint = rec.load_checkpoint(str(tmp_path / "run"), "script")
-    assert checkpoint["record"]["global_step"] == 10 and torch.equal(checkpoint["x"], torch.ones(10))
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_to_stop_and_the_second_is_not_held_back(tmp_path, signum):
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    recorder = new_recorder(tmp_path / "run")
-    assert not recorder.stopped
-    os.kill(os.getpid(), signum)
-    assert recorder.stopped
-    assert {s: signal.getsignal(s) for s in handlers} == handlers
-    with pytest.raises(Interrupted, match=r"script\.py --resume") as interrupt:
-        recorder.leave()
-    assert interrupt.value.exit_code == 128 + signum
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [(ArgumentError("bad"), 2), (NotFiniteError("nan"), 1), (Interrupted(2, "stopped"), 130)],
-)
-def test_exit_codes_and_one_line(monkeypatch, capsys, error, code):
-    def main(args):
-        raise error
-
-    monkeypatch.setattr("sys.argv", ["script.py"])
-    with pytest.raises(SystemExit) as leaving:
-        rec.run(main, Args)
-    assert leaving.value.code == code
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_finished_results_are_printed_again(tmp_path, capsys):
-    recorder = new_recorder(tmp_path / "run")
-    args = Args(resume=str(tmp_path / "run"), run_dir=str(tmp_path / "run"))
-    assert rec.finished_results(args) is None
-    recorder.evaluation(10, 0, 0, 5, RESULT)
-    results = recorder.finish(10, {"final_success": 0.5}, {})
-    assert rec.finished_results(args) == results and capsys.readouterr().out == ""
-    rec.finished_results(dataclasses.replace(args, quiet=False))
-    assert "final_success" in capsys.readouterr().out
-    with pytest.raises(ArgumentError, match=r"--lr 0\.7.*0\.1"):
-        rec.finished_results(dataclasses.replace(args, lr=0.7))
-
-
 def test_wandb_is_needed_only_with_track(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ArgumentError, match="pip install wandb"):
@@ -272,17 +181,285 @@ def test_wandb_is_needed_only_with_track(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_value_that_is_not_finite_names_itself_the_step_and_the_last_good_checkpoint(tmp_path):
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_state_goes_through_a_file_and_back_in_place(tmp_path):
+    first, second = Agent(1), Agent(2)
+    first.inner, second.inner = Agent(3), Agent(4)
+    for agent in (first, first.inner, second):
+        agent.learn()
+    torch.save(rec.state_of(first), tmp_path / "file")
+    held = {name: id(getattr(second, name)) for name in ("network", "log_alpha", "optimizer", "inner")}
+    second.tensors["scores"] = {}  # made anew: the checkpoint has keys that a new agent lacks
+    rec.restored(second, torch.load(tmp_path / "file", weights_only=True), CPU)
+    assert held == {name: id(getattr(second, name)) for name in held}
+    for one, other in ((first, second), (first.inner, second.inner)):
+        one.learn()
+        torch.manual_seed(0)
+        one.learn()
+        other.learn()
+        torch.manual_seed(0)
+        other.learn()
+    for one, other in ((first, second), (first.inner, second.inner)):
+        assert one.count == other.count and one.words == other.words
+        assert torch.equal(one.tensors["masks"][0], other.tensors["masks"][0])
+        assert torch.equal(one.tensors["scores"][0]["actor"][0], other.tensors["scores"][0]["actor"][0])
+        assert torch.rand(1, generator=one.generator) == torch.rand(1, generator=other.generator)
+    pairs = list(rec.weights_of(first.network)), list(rec.weights_of(second.network))
+    assert len(pairs[0]) == 2 and [name for name, _ in pairs[0]] == [".weight", ".bias"]
+
+
+def test_what_a_learned_agent_does_next_is_the_same_after_a_checkpoint(tmp_path):
+    first, second = Agent(1), Agent(2)
+    first.learn()
+    torch.save(rec.state_of(first), tmp_path / "file")
+    rec.restored(second, torch.load(tmp_path / "file", weights_only=True), CPU)
+    for agent in (first, second):
+        torch.manual_seed(0)
+        agent.optimizer.zero_grad()
+        agent.learn()
+    assert torch.equal(first.network.weight, second.network.weight) and torch.equal(first.log_alpha, second.log_alpha)
+
+
+def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
+    run_dir, agent = tmp_path / "run", Agent(1)
+    first = new_recorder(run_dir)
+    first.begin(agent, {"step": 0}, None, {})
+    evaluate(first, 10)
+    first.losses(10, {"q": torch.tensor(1.0)})
+    first.save(10, agent, {"step": 10})
+    drawn = torch.rand(3)
+    evaluate(first, 20)
+    first.losses(20, {"q": torch.tensor(2.0)})
+    first.close()
+    checkpoint = load_checkpoint(str(run_dir), "script")
+    second = new_recorder(run_dir, checkpoint, resume=str(run_dir))
+    second.begin(agent, checkpoint["at"], checkpoint, {})
+    assert [row["global_step"] for row in read_csv(run_dir)] == ["10"] and checkpoint["at"] == {"step": 10}
+    assert second.seconds >= checkpoint["record"]["seconds"]
+    assert torch.equal(torch.rand(3), drawn), "random numbers go on where they were"
+    second.losses(20, {"q": torch.tensor(3.0)})
+    second.close()
+    assert [(e.step, e.value) for e in read_events(run_dir).Scalars("losses/q")] == [(10, 1.0), (20, 3.0)]
+
+
+def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    recorder, agent = new_recorder(tmp_path / "run"), Agent(1)
+    recorder.save(10, agent, {})
+
+    def dies(state, file):
+        file.write(b"half a checkpoint")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(OSError, match="disk full"):
+        recorder.save(20, agent, {})
+    recorder.close()
+    checkpoint = load_checkpoint(str(tmp_path / "run"), "script")
+    assert checkpoint["record"]["global_step"] == 10 and checkpoint["agent"]["count"] == 1
+
+
+def test_a_checkpoint_is_due_by_steps_or_by_a_signal(tmp_path):
     recorder = new_recorder(tmp_path / "run")
+    recorder.save(0, Agent(1), {})
+    assert [step for step in range(60) if recorder.checkpoint_due(step)] == list(range(25, 60))
+    recorder.save(30, Agent(1), {})
+    assert not recorder.checkpoint_due(54) and recorder.checkpoint_due(55)
+    recorder.args.checkpoint_every = 0
+    assert not recorder.checkpoint_due(10**6)
+    recorder.stop_signal = signal.SIGTERM
+    assert recorder.checkpoint_due(31)
+    recorder.close()
+
+
+def test_a_value_that_is_not_finite_names_itself_the_step_and_the_last_good_checkpoint(tmp_path):
+    recorder, agent = new_recorder(tmp_path / "run"), Agent(1)
     recorder.require_finite("loss", torch.ones(3), 5)
     recorder.require_finite("action", np.zeros(2), 5)
+    recorder.save(5, agent, {})
     with pytest.raises(NotFiniteError, match=r"loss is not finite at step 7; .*checkpoint\.pt"):
         recorder.require_finite("loss", torch.tensor([0.0, float("inf")]), 7)
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    for parameter, name in ((agent.network.bias, r"network\.bias"), (agent.log_alpha, "log_alpha")):
+        parameter.data.fill_(float("nan"))
+        with pytest.raises(NotFiniteError, match=f"{name} is not finite at step 8"):
+            recorder.save(8, agent, {})
+        parameter.data.zero_()
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_an_evaluation_is_due_at_multiples_of_a_phase_and_at_its_end(tmp_path):
+    recorder = new_recorder(tmp_path / "run")
+    due = []
+    for start, steps in ((0, 35), (35, 12)):
+        for step in [*range(0, steps, 4), steps]:
+            if recorder.evaluation_due(start + step, start, ended=step == steps):
+                due.append((start, step))
+                recorder.rows.append({"global_step": start + step})
+    assert due == [(0, 12), (0, 20), (0, 32), (0, 35), (35, 12)]
+    recorder.close()
+
+
+def test_an_evaluation_that_a_signal_cuts_short_records_nothing(tmp_path):
+    recorder = new_recorder(tmp_path / "run")
+    recorder.stop_signal = signal.SIGTERM
+    assert not evaluate(recorder, 10) and recorder.rows == [] and read_csv(tmp_path / "run") == []
+    recorder.close()
+
+
+def test_a_task_that_comes_twice_starts_alike_and_has_curves_of_its_own(tmp_path):
+    recorder = Recorder(Args(run_dir=str(tmp_path / "run")), "script", "name", ["a", "b", "a"], [(100, 0)], None)
+    seeds = []
+
+    class Seeded(Task):
+        def reset(self, *, seed=None, options=None):
+            seeds.append(seed)
+            return super().reset()
+
+    recorder.evaluate(10, 0, range(3), lambda index: lambda obs: np.zeros(1), lambda task, **_: Seeded(), stream=2)
+    recorder.close()
+    assert seeds[:2] == seeds[4:] and len(set(seeds)) == 4
+    assert {"eval/success/0-a", "eval/success/b", "eval/success/2-a"} <= set(
+        read_events(tmp_path / "run").Tags()["scalars"]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_to_stop_and_the_second_is_not_held_back(tmp_path, signum):
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    run_dir = tmp_path / "a run"
+    recorder = new_recorder(run_dir, resume=None)
+    assert not recorder.stopped
+    recorder.leave()
+    os.kill(os.getpid(), signum)
+    assert recorder.stopped
+    assert {s: signal.getsignal(s) for s in handlers} == handlers
+    with pytest.raises(Interrupted) as interrupt:
+        recorder.leave()
+    assert interrupt.value.exit_code == 128 + signum
+    command = str(interrupt.value).partition("go on with: ")[2]
+    assert shlex.split(command) == ["python", "script.py", "--resume", str(run_dir)], "it can be pasted"
+
+
+def test_a_finished_run_that_is_resumed_prints_its_results_again(tmp_path, capsys):
+    run_dir, agent = tmp_path / "run", Agent(1)
+    recorder = new_recorder(run_dir)
+    evaluate(recorder, 10)
+    recorder.save(10, agent, {})
+    results = recorder.finish(10, {"final_success": 0.5}, {})
+    again = new_recorder(run_dir, load_checkpoint(str(run_dir), "script"), resume=str(run_dir), quiet=False)
+    assert capsys.readouterr().out == ""
+    assert again.finish(10, {"final_success": 0.7}, {}) == results
+    assert re.search(r"final_success +0\.5000", capsys.readouterr().out)
+
+
+# ----------------------------------------------------------------------------------------------------------- progress
+
+phase_lists = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 40)), min_size=1, max_size=4)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(phase_lists, st.integers(0, 150))
+def test_steps_left_of_either_kind_are_counted_one_by_one(phases, step):
+    kinds = ["warm-up" if i < warm_up else "learning" for steps, warm_up in phases for i in range(steps)]
+    left = Progress(phases, 0, None, quiet=True).left(step)
+    assert left == {kind: kinds[step:].count(kind) for kind in ("warm-up", "learning")}
+
+
+def test_the_time_to_go_knows_that_warm_up_is_cheap(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    progress = Progress([(100, 20), (100, 20)], 0, None, quiet=True)
+    assert progress.plan() == "200 steps, 160 of them with updates; time to go: when learning has begun"
+
+    def move(step, seconds):
+        clock[0] += seconds
+        progress.move(step, {})
+
+    move(10, 1.0)  # 0.1 s a step
+    assert progress.remaining() is None
+    move(30, 9.0)  # both kinds: of no use
+    move(40, 30.0)  # 3 s a step
+    assert progress.remaining() == pytest.approx(60 * 3 + 20 * 0.1 + 80 * 3)
+    resumed = Progress([(100, 20), (100, 20)], 40, progress.pace, quiet=True)
+    assert resumed.remaining() == progress.remaining() and resumed.plan().endswith("time to go: about 7 min")
+    move(40, 50.0)  # work between two steps counts for the next one
+    move(50, 10.0)
+    assert progress.pace["learning"] == [20, 90.0]
+
+
+def test_where_there_is_no_terminal_a_line_comes_at_most_once_a_minute(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    progress = Progress([(1000, 0)], 0, None, quiet=False)
+    for step in range(10, 110, 10):
+        clock[0] += 25
+        progress.move(step, {"task": "reach", "return": "5"})
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "step 30 of 1,000: 0.4 steps/s, task reach, return 5, to go 40 min",
+        "step 60 of 1,000: 0.4 steps/s, task reach, return 5, to go 39 min",
+        "step 90 of 1,000: 0.4 steps/s, task reach, return 5, to go 38 min",
+    ]
+    assert out == "2500.0 ms a step that learns: about 41 min to go\n"
+
+
+def test_quiet_says_nothing(tmp_path, capsys):
+    recorder = new_recorder(tmp_path / "run")
+    recorder.begin(Agent(1), {}, None, {"policy": 3})
+    recorder.episode(5, "a", True, 7.0, 5)
+    evaluate(recorder, 10)
+    recorder.finish(10, {}, {})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_first_lines_name_folder_device_sizes_and_length(tmp_path, capsys):
+    recorder = new_recorder(tmp_path / "run", quiet=False)
+    recorder.begin(Agent(1), {}, None, {"actor": 1234, "critic": 56, "task_policies": [3]})
+    recorder.close()
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'run'}  on cpu  parameters: actor 1,234, critic 56",
+        "100 steps, 90 of them with updates; time to go: when learning has begun",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(3.4, "3 s"), (89, "89 s"), (91, "2 min"), (7000, "117 min"), (7300, "2 h 2 min"), (200000, "2 d 7 h")],
+)
+def test_durations_in_words(seconds, words):
+    assert duration(seconds) == words
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_the_picture_is_drawn_at_evaluations_and_one_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
+    recorder = new_recorder(tmp_path / "run", quiet=False)
+    evaluate(recorder, 10)
+    assert not (tmp_path / "run" / "summary.png").exists(), "not within seconds of the last one"
+    monkeypatch.setattr(rec, "PICTURE_SECONDS", 0.0)
+    evaluate(recorder, 20)
+    assert (tmp_path / "run" / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+    def fails(*args):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(rec, "draw_summary", fails)
+    recorder.finish(30, {}, {})
+    assert "warning: summary.png could not be drawn (ValueError: no font)" in capsys.readouterr().out
+    assert (tmp_path / "run" / "results.json").is_file()
 
 
 def test_random_state_goes_on_where_it_was():
-    cpu = torch.device("cpu")
-    state = rec.random_state(cpu)
+    state = rec.random_state()
     drawn = torch.rand(3)
-    rec.set_random_state(state, cpu)
+    rec.set_random_state(state)
     assert torch.equal(torch.rand(3), drawn)
