@@ -8,204 +8,314 @@ trained long and on many tasks lose plasticity: units fall silent, features lose
 removes the smallest weights step by step until 5 % are left. Sparse evolutionary training (SET) begins with 5 % and
 keeps moving its smallest weights to random new places. On MT10 the paper's best agent prunes the actor only.
 
-Read first: `gmp_sparsity` and `prune` (GMP), `erdos_renyi_counts` and `evolve` (SET), `apply_mask` (what a removed
-weight is), `MultiTaskNetwork` and `gram_schmidt` (heads and experts), `Agent.prune_networks`, then `main`.
+Read first: `GMP` and `SET` with the functions above them, `MultiTaskNetwork` and `gram_schmidt` (heads and experts),
+`Agent.update`, then `main`.
+
+Copy GMP and SET: `gmp_sparsity`, `drop_smallest`, `prune`, `evolve`, `erdos_renyi_counts`, `matrices`, `clear`,
+`SparseLayers`, `GMP`, `SET` (80 lines; tests/transplants/gmp_set_ppo.py does it).
+
+Copy ReDo: `clear`, `recycle` (43 lines; tests/transplants/gmp_set_ppo.py does it).
 
     python sparse_mtrl_gmp_set.py --quick                          # three easy tasks, small networks: minutes
     python sparse_mtrl_gmp_set.py --benchmark mt10                 # the paper's best: GMP on the actor, 20 M steps
-    python sparse_mtrl_gmp_set.py --arch moore --sparsify set      # orthogonal experts, sparse evolutionary training
+    python sparse_mtrl_gmp_set.py --arch moore --method set        # orthogonal experts, sparse evolutionary training
 
 Where we differ from the paper and from others' code, and why:
 
 1. A weight that is removed is an exact zero whose gradient is masked before it is clipped and whose Adam moments are
    zero. The forward pass multiplies nothing: sparsification costs a masked gradient per update.
 2. Intervals of GMP, SET, ReDo and Reset count gradient updates, not environment steps (a tenth as many on MT10).
-3. SET's new connections are drawn among those that were inactive before the drop, so each of them is new.
-4. MOORE's experts are orthogonalised by modified Gram-Schmidt that bears a zero vector; the authors' gives NaN there.
-5. Goals are redrawn at every episode; MT10 proper draws them from a fixed list of 50 per task.
-6. Where the paper is silent: He-uniform weights, small uniform heads, a temperature loss linear in log alpha. SET's
-   density is 1 - sparsity; the paper's density parameter of 11 would be 7 %.
+3. Only trunks are sparsified; the paper prunes the heads too. They are small and begin near 0, where a ranking of all
+   weights together would take them first.
+4. SET's new connections are drawn among those that were inactive before the drop, so each of them is new. Its density
+   is 1 - sparsity; the paper's density parameter of 11 would be 7 %.
+5. SET, ReDo and Reset act just before an update: an evaluation sees no connection or head that was not trained yet.
+6. MOORE's experts are orthogonalised by modified Gram-Schmidt that bears a zero vector; the authors' gives NaN there.
+7. Goals are redrawn at every episode; MT10 proper draws them from a fixed list of 50 per task.
+8. Where the paper is silent: He-uniform weights, small uniform heads, a temperature loss linear in log alpha.
 """
 
+import copy
 import math
-import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from common import metrics
-from common.envs import TaskEnvs, WorkerEnvs, can_draw, make_env, record_video, task_sequence
-from common.recorder import (
-    ArgumentError,
-    Recorder,
-    finished_results,
-    load_checkpoint,
-    random_state,
-    require,
-    run,
-    select_device,
-    set_random_state,
-    stored_args,
-)
+from common import cli, metrics
+from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
+from common.envs import TaskEnvs, WorkerEnvs, env_sizes, make_env, seed_of, task_sequence
+from common.recorder import Recorder, evaluate_stored, restored
 
 LOG_EVERY = 1000  # updates between two points of the loss curves
 METRIC_BATCH = 1024  # replayed transitions, over all tasks, on which plasticity is measured (paper Table 5)
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # paper Table 3
 MAX_RESETS = 2  # of the output layers (paper Table 5)
-# Second words of numpy seed sequences: independent streams for training goals and evaluation goals.
-TRAIN_GOALS, EVAL_GOALS = 1, 2
+TRAIN_GOALS, EVAL_GOALS = 1, 2  # streams of random numbers, see `seed_of`
 
-QUICK = {
-    "benchmark": "reach,drawer-close,button-press",
-    "total_steps": 90_000,
-    "episode_steps": 200,
-    "learning_starts": 3000,
-    "eval_every": 15_000,
-    "eval_episodes": 10,
-    "width": 128,
-    "depth": 2,
-    "prune_every": 500,
-    "evolve_every": 500,
-    "redo_every": 500,
-    "reset_every": 10_000,
-    "learning_rate": 1e-3,
-    "gamma": 0.98,
-}
+QUICK = {"benchmark": "reach,drawer-close,button-press", "total_steps": 90_000, "episode_steps": 200}
+QUICK |= {"learning_starts": 3000, "eval_every": 15_000, "eval_episodes": 10, "hidden_dim": 128, "hidden_layers": 2}
+QUICK |= {"prune_every": 500, "evolve_every": 500, "redo_every": 500, "reset_every": 10_000}
+QUICK |= {"learning_rate": 1e-3, "gamma": 0.98}
+PRESETS = {"quick": QUICK}
+
+Steps = Annotated[PositiveInt, tyro.conf.arg(aliases=("--total-timesteps",))]
 
 
 @dataclass
 class Args:
-    benchmark: str = "mt10"
-    """tasks that are learned together: mt10, mt50, or Meta-World names joined by commas"""
-    total_steps: int = 20_000_000
-    """environment steps over all tasks together (paper: 20 M, 2 M for each of ten tasks)"""
-    seed: int = 1
-    """seed of everything random, below 2**32"""
-    quick: bool = False
-    """a first look: reach, drawer-close, button-press, small networks, 30 000 steps each; other arguments still win"""
-    resume: str | None = None
-    """go on with the run in this folder; its arguments are used"""
-    evaluate: str | None = None
-    """evaluate the run in this folder with its arguments, print the table unless --quiet, do nothing else"""
-    episodes: int = 10
-    """episodes per task of --evaluate"""
-    run_dir: str | None = None
-    """folder of the run; default runs/sparse_mtrl_gmp_set__<benchmark>__<seed>__<time>"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    torch_threads: int = 1
-    """CPU threads of PyTorch; one per run is the fastest use of a machine that trains several seeds"""
-    num_workers: int = 0
-    """processes that step the environments; 0: this one, in turn, as fast on a small machine. Changes no result"""
-    compile: bool = False
-    """compile the losses with torch.compile"""
-    checkpoint_every: int = 50_000
-    """environment steps between checkpoints, at an episode's end; 0: at the start, the end and on a signal only"""
-    quiet: bool = False
-    """print nothing"""
-    track: bool = False
-    """mirror TensorBoard to Weights & Biases"""
-    wandb_project: str = "cleanplasticity"
-    """project of --track"""
-    capture_video: bool = False
-    """record the first episode of each task at every evaluation"""
+    benchmark: str = "mt10"  # tasks that are learned together: mt10, mt50, or Meta-World names joined by commas
+    total_steps: Steps = 20_000_000  # environment steps over all tasks together (paper: 2 M for each of ten tasks)
+    seed: Seed = 1  # seed of everything random
+    quick: bool = False  # a first look: three easy tasks, small networks, 30 000 steps each; other arguments still win
+    resume: str | None = None  # continue the run in this folder with its arguments
+    evaluate: str | None = None  # evaluate the run in this folder, print the table, exit
+    episodes: PositiveInt = 10  # episodes per task of --evaluate
+    run_dir: str | None = None  # folder of the run; default runs/sparse_mtrl_gmp_set__<benchmark>__<seed>__<time>
+    device: Device = "auto"  # auto: cuda if there is one
+    torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
+    num_workers: NonNegativeInt = 0  # processes that step the environments; 0: this one, in turn. Changes no result
+    compile: bool = False  # torch.compile the losses
+    checkpoint_every: NonNegativeInt = 50_000  # environment steps between checkpoints; 0: start, end and signals only
+    quiet: bool = False  # print nothing
+    track: bool = False  # mirror TensorBoard to Weights & Biases
+    wandb_project: str = "cleanplasticity"  # project of --track
+    capture_video: bool = False  # record the first episode of each task at every evaluation
 
-    # Environment and evaluation
-    reward_version: str = "v2"
-    """Meta-World's reward function: v2 (0 to 10 a step, the paper's) or v1 (0 to 2000, needs a larger --max-q)"""
-    episode_steps: int = 500
-    """steps of an episode (paper Table 3)"""
-    eval_every: int = 200_000
-    """environment steps over all tasks between evaluations; the end of the run is always evaluated (paper Table 3)"""
-    eval_episodes: int = 50
-    """deterministic episodes per task and evaluation (paper Table 3)"""
+    # --- Environment and evaluation ---
 
-    # Networks
-    arch: str = "shared"
-    """shared: one trunk; moe: a mixture of experts; moore: a mixture of orthogonal experts"""
-    experts: int = 4
-    """trunks of moe and moore (MOORE's authors on MT10; 6 on MT50)"""
-    width: int = 400
-    """units of a hidden layer (paper Table 3)"""
-    depth: int = 3
-    """hidden layers; the last one of an expert is linear (MOORE)"""
+    reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward: v2 (0 to 10 a step) or v1 (0 to 2000)
+    episode_steps: PositiveInt = 500  # steps of an episode (Table 3)
+    eval_every: PositiveInt = 200_000  # environment steps over all tasks between evaluations; the end has one (Table 3)
+    eval_episodes: PositiveInt = 50  # deterministic episodes per task and evaluation (Table 3)
 
-    # SAC
-    buffer_size: int = 1_000_000
-    """replay capacity over all tasks, transitions; every task has an equal share"""
-    batch_per_task: int = 128
-    """transitions of each task in an update (paper: 1280 for ten tasks)"""
-    learning_starts: int = 40_000
-    """environment steps over all tasks before the first update, acted uniformly at random (paper Table 3)"""
-    gamma: float = 0.99
-    """discount"""
-    tau: float = 0.005
-    """Polyak rate of the target critics"""
-    learning_rate: float = 3e-4
-    """Adam step size of actor, critics and temperatures (paper Table 3)"""
-    max_grad_norm: float = 1.0
-    """the gradients of the actor, and of both critics together, are clipped to this norm (paper Table 3)"""
-    max_q: float = 5000.0
-    """target values are clipped to plus and minus this (paper Table 3, for v2 rewards)"""
+    # --- Networks ---
 
-    # Sparsification
-    sparsify: str = "gmp"
-    """gmp: gradual magnitude pruning; set: sparse evolutionary training; none: dense"""
-    sparsify_actor: bool = True
-    """sparsify the actor"""
-    sparsify_critic: bool = False
-    """sparsify both critics (the paper's best on MT10 leaves them dense)"""
-    sparsity: float = 0.95
-    """share of a trunk's weights that is removed: at the end of GMP's schedule, always in SET (paper Table 5)"""
-    prune_every: int = 5000
-    """updates between GMP's pruning steps (paper Table 3)"""
-    prune_start: float = 0.05
-    """GMP begins after this share of all updates (paper Table 3)"""
-    prune_end: float = 0.80
-    """GMP reaches its final sparsity after this share of all updates (paper Table 3)"""
-    prune_scope: str = "global"
-    """global: GMP ranks all weights of a network's trunk together; layer: each layer alone"""
-    evolve_every: int = 2000
-    """updates between SET's rewirings (paper Table 5)"""
-    zeta: float = 0.3
-    """share of each layer's connections that SET moves (paper Table 5, under the name of the density parameter)"""
+    arch: Literal["shared", "moe", "moore"] = "shared"  # one trunk; a mixture of experts; of orthogonal experts
+    experts: PositiveInt = 4  # trunks of moe and moore (MOORE's authors on MT10; 6 on MT50)
+    hidden_dim: PositiveInt = 400  # units of a hidden layer (Table 3)
+    hidden_layers: PositiveInt = 3  # hidden layers; the last one of an expert is linear (MOORE)
 
-    # The other interventions of the paper; they combine with --sparsify
-    intervention: str = "none"
-    """none, redo (recycle dormant units), reset (output layers anew), layernorm or weight-decay"""
-    redo_every: int = 5000
-    """updates between recyclings of dormant units (paper Table 5)"""
-    dormant_tau: float = 0.001
-    """units that score at most this are dormant, for ReDo and in the logs (paper Table 5)"""
-    reset_every: int = 100_000
-    """updates between resets of the output layers, at most two of them (paper Table 5)"""
-    weight_decay: float = 1e-6
-    """AdamW's coefficient under --intervention weight-decay (paper Table 5: too small to change a float32)"""
+    # --- SAC ---
+
+    buffer_size: PositiveInt = 1_000_000  # replay capacity over all tasks, transitions; every task has an equal share
+    batch_per_task: PositiveInt = 128  # transitions of each task in an update (paper: 1280 for ten tasks)
+    learning_starts: NonNegativeInt = 40_000  # random steps over all tasks before the first update (Table 3)
+    gamma: Fraction = 0.99  # discount
+    tau: Fraction = 0.005  # Polyak rate of the target critics
+    learning_rate: PositiveFloat = 3e-4  # Adam step size of actor, critics and temperatures (Table 3)
+    max_grad_norm: PositiveFloat = 1.0  # bound of the gradients of the actor, and of both critics together (Table 3)
+    max_q: PositiveFloat = 5000.0  # target values are clipped to plus and minus this (Table 3, for v2 rewards)
+
+    # --- Sparsification ---
+
+    method: Literal["gmp", "set", "dense"] = "gmp"  # gradual magnitude pruning; sparse evolutionary training; neither
+    sparsify_actor: bool = True  # sparsify the actor
+    sparsify_critic: bool = False  # sparsify both critics (the paper's best on MT10 leaves them dense)
+    sparsity: Annotated[float, Ge(0), Lt(1)] = 0.95  # share of a trunk removed: GMP's final one, SET's always (Table 5)
+    prune_every: PositiveInt = 5000  # updates between GMP's pruning steps (Table 3)
+    prune_start: Fraction = 0.05  # GMP begins after this share of all updates (Table 3)
+    prune_until: Fraction = 0.80  # GMP reaches its final sparsity after this share of all updates (Table 3)
+    prune_scope: Literal["global", "layer"] = "global"  # GMP ranks all weights of a trunk together, or layer by layer
+    evolve_every: PositiveInt = 2000  # updates between SET's rewirings (Table 5)
+    zeta: Fraction = 0.3  # share of each layer's connections that SET moves (Table 5, as the density parameter)
+
+    # --- The other interventions of the paper; they combine with --method ---
+
+    intervention: Literal["none", "redo", "reset", "layernorm", "weight-decay"] = "none"  # reset: output layers anew
+    redo_every: PositiveInt = 5000  # updates between recyclings of dormant units (Table 5)
+    dormant_threshold: NonNegativeFloat = 0.001  # ReDo's units score at most this; method/dormant_ratio (Table 5)
+    reset_every: PositiveInt = 100_000  # updates between resets of the output layers, at most two of them (Table 5)
+    weight_decay: NonNegativeFloat = 1e-6  # AdamW's coefficient (Table 5: too small to change a float32)
+
+
+# --------------------------------------------------------------------------------------------- the method: GMP and SET
+
+
+def gmp_sparsity(update: int, total_updates: int, start: float, until: float, final: float) -> float:
+    """0 up to t_0 = start * total_updates, final * [1 - (1 - (t - t_0) / (t_1 - t_0))^3] up to t_1, then final."""
+    progress = (update - start * total_updates) / ((until - start) * total_updates)
+    return final * (1 - (1 - min(max(progress, 0.0), 1.0)) ** 3)
+
+
+def drop_smallest(weight: Tensor, mask: Tensor, count: int) -> Tensor:
+    """`mask` without the `count` of its connections that have the smallest |w|. Any shape."""
+    smallest = weight.abs().masked_fill(~mask, math.inf).flatten().topk(count, largest=False, sorted=False).indices
+    return mask.flatten().index_fill(0, smallest, False).view_as(mask)
+
+
+def prune(weights: list[Tensor], masks: list[Tensor], sparsity: float) -> list[Tensor]:
+    """Masks at `sparsity`, by |w| among all `weights` together. Any shapes. What was pruned never comes back."""
+    weight, mask = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (weights, masks))
+    kept = drop_smallest(weight, mask, max(0, round(sparsity * len(mask)) - int((~mask).sum())))
+    return [part.view_as(mask) for part, mask in zip(kept.split([m.numel() for m in masks]), masks, strict=True)]
+
+
+def evolve(weight: Tensor, mask: Tensor, zeta: float) -> Tensor:
+    """The mask after SET moved the share `zeta` of its connections, the smallest, to random places that were free."""
+    free = (~mask).flatten().nonzero()[:, 0]
+    moved = min(int(zeta * int(mask.sum())), len(free))
+    grown = free[torch.randperm(len(free), device=mask.device)[:moved]]
+    return drop_smallest(weight, mask, moved).flatten().index_fill(0, grown, True).view_as(mask)
+
+
+def erdos_renyi_counts(shapes: list[tuple[int, ...]], sparsity: float) -> list[int]:
+    """Connections of each layer: density proportional to sum(shape) / prod(shape), at most 1, exact in total (SET)."""
+    sizes, sums = [math.prod(shape) for shape in shapes], [sum(shape) for shape in shapes]
+    counts, left, rest = [0] * len(shapes), round((1 - sparsity) * sum(sizes)), sum(sums)
+    for i in sorted(range(len(shapes)), key=lambda i: sizes[i] / sums[i]):  # those that become dense come first
+        counts[i] = min(sizes[i], round(left * sums[i] / rest))
+        left, rest = left - counts[i], rest - sums[i]
+    return counts
+
+
+def matrices(tensors: list[Tensor]) -> list[Tensor]:
+    """Views of all that counts as a layer: a weight or mask, or each copy in one of shape (copies, inputs, outputs)."""
+    return [matrix for t in tensors for matrix in (t.detach().unbind() if t.dim() == 3 else [t.detach()])]
+
+
+def clear(weight: Tensor, where: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Weights in `where` (boolean) become 0, and so does all that the optimizer remembers of them."""
+    memory = optimizer.state.get(weight, {}).values()  # empty before the first step
+    for tensor in [weight.detach(), *(t for t in memory if torch.is_tensor(t) and t.shape == weight.shape)]:
+        tensor.masked_fill_(where, 0)
+
+
+class SparseLayers:
+    """Layers some of whose weights are missing: 0, with gradient and moments 0. `GMP` and `SET` say which.
+
+    layers: anything with a `weight`: linear (outputs, inputs), convolutional (outputs, inputs, k, k), or a matrix per
+    expert or task (copies, inputs, outputs), where each copy counts as a layer. every: updates between new masks.
+    """
+
+    STATE = ("masks", "updates")  # what a checkpoint holds
+
+    def __init__(self, layers, optimizer: torch.optim.Optimizer, every: int):
+        self.weights, self.optimizer, self.every, self.updates = [layer.weight for layer in layers], optimizer, every, 0
+        self.masks = [torch.ones_like(weight, dtype=torch.bool) for weight in self.weights]
+
+    def before_step(self) -> None:
+        """Between `backward` and the clip of the gradient's norm: with a gradient of 0 Adam leaves a 0 alone."""
+        for weight, mask in zip(self.weights, self.masks, strict=True):
+            weight.grad.mul_(mask)
+
+    def after_step(self) -> None:
+        """Once after each step of the optimizer, before the next forward pass: new masks if they are due."""
+        self.updates += 1
+        if self.updates % self.every == 0:
+            self.set_masks(self.next_masks(matrices(self.weights), matrices(self.masks)))
+
+    def set_masks(self, masks: list[Tensor]) -> None:
+        """What is missing becomes 0, in weights and moments, so what grows there later starts from 0."""
+        for old, new in zip(matrices(self.masks), masks, strict=True):
+            old.copy_(new)
+        for weight, mask in zip(self.weights, self.masks, strict=True):
+            clear(weight, ~mask, self.optimizer)
+
+
+class GMP(SparseLayers):
+    """Gradual magnitude pruning (Zhu & Gupta 2017). total_updates: of the whole run; local: |w| is ranked by layer."""
+
+    def __init__(self, layers, optimizer, total_updates, sparsity=0.95, start=0.05, until=0.8, every=5000, local=False):
+        super().__init__(layers, optimizer, every)
+        assert total_updates // every * every >= until * total_updates, "no pruning step at the final sparsity"
+        self.schedule, self.local = (total_updates, start, until, sparsity), local
+
+    def next_masks(self, weights: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+        groups = zip(zip(weights), zip(masks), strict=True) if self.local else [(weights, masks)]
+        masks = [mask for group in groups for mask in prune(*group, gmp_sparsity(self.updates, *self.schedule))]
+        if not all(mask.any() for mask in masks):
+            warnings.warn("GMP left a layer without connections; local=True ranks each layer by itself", stacklevel=2)
+        return masks
+
+
+class SET(SparseLayers):
+    """Sparse evolutionary training (Mocanu et al. 2018), from random masks; zeta: share of connections that move."""
+
+    def __init__(self, layers, optimizer, sparsity=0.95, zeta=0.3, every=2000):
+        super().__init__(layers, optimizer, every)
+        self.zeta, parts = zeta, matrices(self.masks)
+        counts = erdos_renyi_counts([tuple(part.shape) for part in parts], sparsity)
+        self.set_masks([torch.randperm(m.numel()).view_as(m) < n for m, n in zip(parts, counts, strict=True)])
+
+    def next_masks(self, weights: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+        return [evolve(weight, mask, self.zeta) for weight, mask in zip(weights, masks, strict=True)]
+
+
+# ------------------------------------------------------------------------------- the other interventions of the paper
+
+
+@torch.no_grad()
+def recycle(levels: list, optimizer, forward: Callable, tau: float, masks: dict | None = None) -> int:
+    """ReDo (Sokar et al. 2023): give dormant ReLU units a new start; returns how many they were.
+
+    A unit is dormant if its mean |h| is at most tau times the mean over the connected units of its level. Its incoming
+    weights are drawn anew (He-uniform), where they exist; its bias, its outgoing weights and their moments become 0.
+
+    levels: layers in order, those that read the same units in one list: [conv, fc, [fc_mean, fc_logstd]]; layers as in
+    `SparseLayers`. The outputs of the last level are not units. forward: runs them on a batch, `lambda: actor(obs)`.
+    masks: {weight: boolean, its shape} of those with missing connections, `dict(zip(sparse.weights, sparse.masks))`.
+    """
+    levels, masks = [level if isinstance(level, list) else [level] for level in levels], masks or {}
+    inputs: dict = {reader: [] for readers in levels[1:] for reader in readers}
+    hooks = [reader.register_forward_pre_hook(lambda layer, x: inputs[layer].append(x[0].abs())) for reader in inputs]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    dormant = []  # boolean (copies, units) for each level; copies: 1, or the experts
+    for (layer,), readers in pairwise(levels):
+        mask = masks.get(layer.weight, torch.ones_like(layer.weight, dtype=torch.bool))
+        connected = mask.any(1) if mask.dim() == 3 else mask.flatten(1).any(1)[None]
+        copies, units = connected.shape
+        # a convolution's unit is a channel, read by a convolution or, flattened, by a linear layer
+        seen = [x for reader in readers for x in inputs[reader]]
+        seen = [x.flatten(2).mean(2) if x.dim() > 3 else x.unflatten(-1, (units, -1)).mean(-1) for x in seen]
+        magnitude = torch.cat([x.reshape(copies, -1, units) for x in seen], 1).mean(1)
+        dormant.append((magnitude <= tau * magnitude[connected].mean()) & connected)
+    for (layer,), units in zip(levels[:-1], dormant, strict=True):
+        weight, bound = layer.weight, math.sqrt(6 * units.numel() / layer.weight.numel())
+        rows = units[:, None] if weight.dim() == 3 else units.view(-1, *[1] * (weight.dim() - 1))
+        fresh = torch.empty_like(weight).uniform_(-bound, bound) * masks.get(weight, 1)
+        clear(weight, rows, optimizer)
+        weight.add_(fresh * rows)
+        if layer.bias is not None:
+            clear(layer.bias, units.view_as(layer.bias), optimizer)
+    for readers, units in zip(levels[1:], dormant, strict=True):  # last: a weight between two dormant units ends at 0
+        for reader in readers:
+            columns = units.repeat_interleave(reader.weight.shape[1] // units.shape[1], 1)
+            clear(reader.weight, columns.view(*columns.shape, *[1] * (reader.weight.dim() - 2)), optimizer)
+    return sum(int(units.sum()) for units in dormant)
+
+
+@torch.no_grad()
+def reset_heads(heads: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Reset (Nikishin et al. 2022): draw the output layers anew and forget their moments."""
+    for parameter in heads.parameters():
+        clear(parameter, torch.ones_like(parameter, dtype=torch.bool), optimizer)
+    heads.reset_parameters()
 
 
 # --------------------------------------------------------------------------------------------------------- networks
 
 
 class ExpertLinear(nn.Module):
-    """A linear layer for each of k experts, in one batched product: (k, batch, inputs) -> (k, batch, outputs).
-
-    `mask` (k, inputs, outputs) is True where a connection exists. Elsewhere weight, gradient and moments are kept at
-    zero from outside (`apply_mask`, `mask_gradients`); the forward pass does not look at it.
-    """
+    """A linear layer for each of k experts, in one batched product: (k, batch, inputs) -> (k, batch, outputs)."""
 
     def __init__(self, experts: int, inputs: int, outputs: int):
         super().__init__()
-        self.weight = nn.Parameter(he_uniform((experts, inputs, outputs)))
+        bound = math.sqrt(6 / inputs)  # He
+        self.weight = nn.Parameter(torch.empty(experts, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(experts, 1, outputs))
-        self.register_buffer("mask", torch.ones(experts, inputs, outputs, dtype=torch.bool))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x, self.weight)
@@ -224,7 +334,7 @@ class ExpertNorm(nn.Module):
 
 
 class TaskHeads(nn.Module):
-    """Parameters of an output layer per task. Weight (tasks, inputs, outputs), U(-scale, scale)."""
+    """A linear output layer per task, in one batched product. It begins as U(-scale, scale)."""
 
     def __init__(self, tasks: int, inputs: int, outputs: int, scale: float):
         super().__init__()
@@ -237,11 +347,16 @@ class TaskHeads(nn.Module):
         nn.init.uniform_(self.weight, -self.scale, self.scale)
         nn.init.uniform_(self.bias, -self.scale, self.scale)
 
+    def forward(self, features: Tensor, tasks: slice) -> Tensor:
+        """(tasks * batch, inputs), the samples of each task in `tasks`, in order -> (tasks, batch, outputs)."""
+        weight = self.weight[tasks]
+        return torch.baddbmm(self.bias[tasks], features.view(len(weight), -1, weight.shape[1]), weight)
+
 
 class MultiTaskNetwork(nn.Module):
     """A trunk or a mixture of experts that all tasks share, and a linear head per task.
 
-    shared: the input carries the task's one-hot; `depth` ReLU layers.
+    shared: the input carries the task's one-hot; all layers of the trunk end in a ReLU.
     moe: k experts see the input without it; the last layer of an expert is linear. A task mixes their outputs E_j with
         its own weights, tanh(sum_j w_j(task) E_j(x)); w is a linear map, without bias, of the task's one-hot.
     moore: the same after the k outputs were made orthonormal for every sample (arXiv 2311.11385).
@@ -258,18 +373,15 @@ class MultiTaskNetwork(nn.Module):
         self.arch = args.arch
         shared = args.arch == "shared"
         self.experts = 1 if shared else args.experts
-        sizes = [inputs + tasks if shared else inputs, *[args.width] * args.depth]
+        sizes = [inputs + tasks if shared else inputs, *[args.hidden_dim] * args.hidden_layers]
         self.layers = nn.ModuleList(ExpertLinear(self.experts, *size) for size in pairwise(sizes))
-        self.hidden = args.depth if shared else args.depth - 1  # layers that end in a ReLU
-        self.activations = nn.ModuleList(nn.ReLU(inplace=True) for _ in range(self.hidden))
-        norm = partial(ExpertNorm, self.experts, args.width) if args.intervention == "layernorm" else nn.Identity
-        self.norms = nn.ModuleList(norm() for _ in range(self.hidden))
+        norm = partial(ExpertNorm, self.experts, args.hidden_dim) if args.intervention == "layernorm" else nn.Identity
+        self.norms = nn.ModuleList(norm() for _ in range(args.hidden_layers if shared else args.hidden_layers - 1))
         if shared:
             self.register_buffer("one_hot", torch.eye(tasks))
         else:
             self.mixing = nn.Parameter(nn.init.xavier_uniform_(torch.empty(tasks, self.experts)))
-            self.mixed = nn.Tanh()
-        self.heads = TaskHeads(tasks, args.width, outputs, head_scale)
+        self.heads = TaskHeads(tasks, args.hidden_dim, outputs, head_scale)
 
     def forward(self, x: Tensor, tasks: slice = slice(None)) -> Tensor:
         """(tasks, batch, inputs), the samples of each task in `tasks`, in order -> (tasks, batch, outputs)."""
@@ -277,29 +389,45 @@ class MultiTaskNetwork(nn.Module):
         if self.arch == "shared":
             x = torch.cat([x, self.one_hot[tasks, None].expand(-1, batch, -1)], -1)
         h = x.reshape(1, count * batch, -1).expand(self.experts, -1, -1)
-        for layer, norm, activation in zip(self.layers, self.norms, self.activations, strict=False):
-            h = activation(norm(layer(h)))
+        for layer, norm in zip(self.layers, self.norms, strict=False):  # not the last layer of an expert
+            h = F.relu(norm(layer(h)), inplace=True)
         if self.arch == "shared":
-            features = h.view(count, batch, -1)
-        else:
-            outputs = self.layers[-1](h).view(self.experts, count, batch, -1).unbind()
-            if self.arch == "moore":
-                outputs = gram_schmidt(outputs)
-            weights = self.mixing[tasks, :, None, None].unbind(1)
-            features = self.mixed(sum(w * output for w, output in zip(weights, outputs, strict=True)))
-        return torch.baddbmm(self.heads.bias[tasks], features, self.heads.weight[tasks])
+            return self.heads(h[0], tasks)
+        outputs = self.layers[-1](h).view(self.experts, count, batch, -1).unbind()
+        if self.arch == "moore":
+            outputs = gram_schmidt(outputs)
+        weights = self.mixing[tasks, :, None, None].unbind(1)
+        features = torch.tanh(sum(w * output for w, output in zip(weights, outputs, strict=True)))
+        return self.heads(features.flatten(0, 1), tasks)
 
-    def features(self, x: Tensor) -> list[Tensor]:
-        """Activations of all hidden layers, (samples, units) each; the last are what the heads see. x as in forward."""
-        hidden = metrics.hidden_features(self, x)
-        layers = [h.transpose(0, 1).flatten(1) for h in hidden[: self.hidden]]
-        return layers if self.arch == "shared" else [*layers, hidden[-1].flatten(0, 1)]
+    def levels(self) -> list[nn.Module]:
+        """Layers for `recycle`: those whose outputs are ReLU units, and the last that reads such units."""
+        return [*self.layers, self.heads] if self.arch == "shared" else [*self.layers]
 
-    def connected_units(self) -> list[Tensor]:
-        """Units of `features` that are not masked: those with an incoming connection. Boolean (units,) per layer."""
-        connected = [layer.mask.any(1) for layer in self.layers]
-        units = [layer.flatten() for layer in connected[: self.hidden]]
-        return units if self.arch == "shared" else [*units, connected[-1].any(0)]
+    def connected_units(self, masks: list[Tensor]) -> list[Tensor]:
+        """Which units of each hidden layer have an incoming connection, boolean (units,), by the layers' masks."""
+        units = [mask.any(1) for mask in masks]
+        if self.arch != "shared":
+            units[-1] = units[-1].any(0)  # of the mixture: in one of the experts
+        return [u.flatten() for u in units]
+
+
+def gram_schmidt(vectors: tuple[Tensor, ...], eps: float = 1e-4) -> list[Tensor]:
+    """Orthonormal vectors with the same spans, sample by sample (MOORE, Eq. 4): k times (..., units) -> the same.
+
+    Modified Gram-Schmidt: each projection is taken off what is left of the vector, not off the vector, and all of them
+    twice: with nearly parallel experts what is left is short and its rounding errors are large. A vector of which less
+    than the share eps is left becomes 0 and gets no gradient: it was zero, as from an untrained expert without
+    connections, or depends on those before it, and a division by its norm would give NaN or noise.
+    """
+    basis: list[Tensor] = []
+    for vector in vectors:
+        length = vector.norm(dim=-1, keepdim=True)
+        for unit in basis * 2:
+            vector = torch.addcmul(vector, (vector * unit).sum(-1, keepdim=True), unit, value=-1)
+        norm = vector.norm(dim=-1, keepdim=True)
+        basis.append(vector / torch.where(norm > eps * length, norm, torch.inf))
+    return basis
 
 
 class Actor(MultiTaskNetwork):
@@ -324,15 +452,15 @@ class Actor(MultiTaskNetwork):
         return torch.tanh(u), log_prob.sum(-1)
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray) -> np.ndarray:
+    def explore(self, obs: np.ndarray) -> np.ndarray:
         """One observation of every task (tasks, obs_dim) -> sampled actions (tasks, act_dim)."""
         obs = torch.from_numpy(obs).to(self.heads.weight.device)
         return self.sample(obs[:, None])[0][:, 0].cpu().numpy()
 
     @torch.no_grad()
-    def act_deterministic(self, obs: np.ndarray, task: int) -> np.ndarray:
-        """One observation (obs_dim,) of one task -> the mean's action (act_dim,)."""
-        obs = torch.from_numpy(obs).to(self.heads.weight.device)
+    def act(self, obs: np.ndarray, task: int) -> np.ndarray:
+        """One observation (obs_dim,) of one task, of any float type -> the mean's action (act_dim,)."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.heads.weight.device)
         return torch.tanh(self.distribution(obs[None, None], slice(task, task + 1))[0])[0, 0].cpu().numpy()
 
 
@@ -342,164 +470,9 @@ class Critic(MultiTaskNetwork):
     def __init__(self, args: Args, tasks: int, obs_dim: int, act_dim: int):
         super().__init__(args, tasks, obs_dim + act_dim, 1, head_scale=3e-3)
 
-    def q(self, obs: Tensor, action: Tensor) -> Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """(tasks, batch, obs_dim), (tasks, batch, act_dim) -> (tasks, batch)."""
-        return self(torch.cat([obs, action], -1)).squeeze(-1)
-
-
-def he_uniform(shape: tuple[int, ...]) -> Tensor:
-    """U(-b, b), b = sqrt(6 / inputs), for weights (..., inputs, outputs)."""
-    bound = math.sqrt(6 / shape[-2])
-    return torch.empty(shape).uniform_(-bound, bound)
-
-
-def gram_schmidt(vectors: tuple[Tensor, ...], eps: float = 1e-4) -> list[Tensor]:
-    """Orthonormal vectors with the same spans, sample by sample (MOORE, Eq. 4): k times (..., units) -> the same.
-
-    Modified Gram-Schmidt: each projection is taken off what is left of the vector, not off the vector, and all of them
-    twice: with nearly parallel experts what is left is short and its rounding errors are large. A vector of which less
-    than the share eps is left becomes 0 and gets no gradient: it was zero, as from an untrained expert without
-    connections, or depends on those before it, and a division by its norm would give NaN or noise.
-    """
-    basis: list[Tensor] = []
-    for vector in vectors:
-        length = vector.norm(dim=-1, keepdim=True)
-        for unit in basis * 2:
-            vector = torch.addcmul(vector, (vector * unit).sum(-1, keepdim=True), unit, value=-1)
-        norm = vector.norm(dim=-1, keepdim=True)
-        basis.append(vector / torch.where(norm > eps * length, norm, torch.inf))
-    return basis
-
-
-# --------------------------------------------------------------------------------------------- the method: GMP and SET
-
-
-def gmp_sparsity(update: int, total_updates: int, start: float, end: float, final: float) -> float:
-    """Sparsity rho_t of the cubic schedule (Zhu & Gupta 2017; paper Table 3).
-
-    0 before t_0 = start * total_updates, then rho_F [1 - (1 - (t - t_0) / (t_1 - t_0))^3], and rho_F = `final` from
-    t_1 = end * total_updates on.
-    """
-    progress = (update - start * total_updates) / ((end - start) * total_updates)
-    return final * (1 - (1 - min(max(progress, 0.0), 1.0)) ** 3)
-
-
-@torch.no_grad()
-def prune(weights: list[Tensor], masks: list[Tensor], sparsity: float) -> list[Tensor]:
-    """Masks after the smallest |w| of all `weights` together were removed, down to `sparsity`. Any shapes.
-
-    What is masked already stays so, whatever the sparsity: pruned weights never come back.
-    """
-    scores = [weight.abs().masked_fill(~mask, -1).flatten() for weight, mask in zip(weights, masks, strict=True)]
-    scores = torch.cat(scores)
-    removed = max(round(sparsity * len(scores)), int((scores < 0).sum()))
-    kept = torch.ones_like(scores, dtype=torch.bool)
-    kept[scores.topk(removed, largest=False, sorted=False).indices] = False
-    parts = kept.split([mask.numel() for mask in masks])
-    return [part.view_as(mask) for part, mask in zip(parts, masks, strict=True)]
-
-
-def erdos_renyi_counts(shapes: list[tuple[int, int]], sparsity: float) -> list[int]:
-    """Connections per layer, so that all layers (inputs, outputs) together have `sparsity` (SET, Mocanu et al. 2018).
-
-    A layer's density is epsilon (inputs + outputs) / (inputs * outputs): small layers are denser. A layer whose density
-    would pass 1 is dense, and epsilon follows from the others.
-    """
-    sizes = [inputs * outputs for inputs, outputs in shapes]
-    budget, dense = (1 - sparsity) * sum(sizes), set()
-    while True:
-        sparse = [i for i in range(len(shapes)) if i not in dense]
-        epsilon = (budget - sum(sizes[i] for i in dense)) / max(1, sum(sum(shapes[i]) for i in sparse))
-        too_dense = {i for i in sparse if epsilon * sum(shapes[i]) > sizes[i]}
-        if not too_dense:
-            return [sizes[i] if i in dense else round(epsilon * sum(shapes[i])) for i in range(len(shapes))]
-        dense |= too_dense
-
-
-def random_mask(shape: tuple[int, int], connections: int) -> Tensor:
-    """A boolean mask with exactly `connections` entries, drawn uniformly."""
-    mask = torch.zeros(shape, dtype=torch.bool)
-    mask.view(-1)[torch.randperm(mask.numel())[:connections]] = True
-    return mask
-
-
-@torch.no_grad()
-def evolve(weight: Tensor, mask: Tensor, zeta: float) -> Tensor:
-    """One rewiring of SET: the mask of a layer after its smallest connections moved to random places.
-
-    The fraction `zeta` of the active weights with the smallest |w| is dropped; as many are grown, uniformly among
-    those that were inactive before. weight, mask: any shape.
-    """
-    active, inactive = mask.flatten().nonzero()[:, 0], (~mask).flatten().nonzero()[:, 0]
-    moved = min(int(zeta * len(active)), len(inactive))
-    smallest = weight.flatten()[active].abs().topk(moved, largest=False, sorted=False).indices
-    grown = inactive[torch.randperm(len(inactive), device=mask.device)[:moved]]
-    mask = mask.flatten().clone()
-    mask[active[smallest]] = False
-    mask[grown] = True
-    return mask.view_as(weight)
-
-
-@torch.no_grad()
-def apply_mask(layer: ExpertLinear, mask: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Give `layer` a new mask (k, inputs, outputs): weights and moments outside it become 0.
-
-    A connection that is grown starts from 0 and without a past, since all that was missing is 0 already.
-    """
-    layer.weight[~mask] = 0
-    zero_moments(optimizer, layer.weight, ~mask)
-    layer.mask.copy_(mask)
-
-
-def mask_gradients(network: MultiTaskNetwork) -> None:
-    """Zero the gradients of missing connections; Adam then leaves those weights at exactly 0."""
-    for layer in network.layers:
-        layer.weight.grad.mul_(layer.mask)
-
-
-def zero_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, where: Tensor) -> None:
-    """Forget Adam's moments of the entries in `where` (boolean, the parameter's shape)."""
-    for moment in ("exp_avg", "exp_avg_sq"):
-        if parameter in optimizer.state:
-            optimizer.state[parameter][moment][where] = 0
-
-
-# ------------------------------------------------------------------------------- the other interventions of the paper
-
-
-@torch.no_grad()
-def recycle(network: MultiTaskNetwork, optimizer: torch.optim.Optimizer, inputs: Tensor, tau: float) -> int:
-    """ReDo (Sokar et al. 2023): give the dormant ReLU units of a network a new start; returns how many they were.
-
-    A unit is dormant if its mean |h| is at most tau times the mean over the connected units of its layer, of all
-    experts together. Its incoming weights are drawn anew (missing connections stay missing), its bias, its outgoing
-    weights and all their moments become 0. inputs: (tasks, batch, inputs).
-    """
-    dormant = []
-    for h, connected in zip(network.features(inputs)[: network.hidden], network.connected_units(), strict=False):
-        magnitude = h.abs().mean(0)
-        dormant.append(((magnitude <= tau * magnitude[connected].mean()) & connected).view(network.experts, 1, -1))
-    for layer, units in zip(network.layers, dormant, strict=False):
-        fresh = he_uniform(tuple(layer.weight.shape)).to(layer.weight.device) * layer.mask
-        layer.weight.copy_(torch.where(units, fresh, layer.weight))
-        layer.bias.masked_fill_(units, 0)
-        zero_moments(optimizer, layer.weight, units.expand_as(layer.weight))
-        zero_moments(optimizer, layer.bias, units)
-    # after all incoming weights: a connection between two dormant units ends at 0
-    followers = [*network.layers[1:], network.heads]
-    for follower, units in zip(followers, dormant, strict=False):
-        outgoing = units.transpose(1, 2).expand_as(follower.weight)
-        follower.weight[outgoing] = 0
-        zero_moments(optimizer, follower.weight, outgoing)
-    return sum(int(units.sum()) for units in dormant)
-
-
-@torch.no_grad()
-def reset_heads(network: MultiTaskNetwork, optimizer: torch.optim.Optimizer) -> None:
-    """Reset (Nikishin et al. 2022): draw the output layers anew and forget their moments."""
-    network.heads.reset_parameters()
-    for parameter in network.heads.parameters():
-        zero_moments(optimizer, parameter, torch.ones_like(parameter, dtype=torch.bool))
+        return super().forward(torch.cat([obs, action], -1)).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------------------------------------- SAC
@@ -512,25 +485,25 @@ class ReplayBuffer:
     """
 
     def __init__(self, tasks: int, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        new = partial(torch.zeros, tasks, capacity, device=device)  # on a CPU, unwritten pages of zeros take no memory
-        self.data = {"obs": new(obs_dim), "next_obs": new(obs_dim), "action": new(act_dim), "reward": new()}
-        self.task_index, self.capacity, self.added = torch.arange(tasks, device=device)[:, None], capacity, 0
+        sizes = {"obs": (obs_dim,), "next_obs": (obs_dim,), "action": (act_dim,), "reward": ()}
+        # on a CPU, unwritten pages of zeros take no memory
+        self.data = {name: torch.zeros(tasks, capacity, *size, device=device) for name, size in sizes.items()}
+        self.tasks, self.capacity, self.added = torch.arange(tasks, device=device)[:, None], capacity, 0
 
     def __len__(self) -> int:
         """Transitions per task."""
         return min(self.added, self.capacity)
 
-    def add(self, obs: np.ndarray, next_obs: np.ndarray, action: np.ndarray, reward: np.ndarray) -> None:
+    def add(self, **transition: np.ndarray) -> None:
         """Append one transition of each task, arrays (tasks, ...), over the oldest when full."""
-        row = self.added % self.capacity
-        for name, value in (("obs", obs), ("next_obs", next_obs), ("action", action), ("reward", reward)):
-            self.data[name][:, row] = torch.from_numpy(value)
+        for name, value in transition.items():
+            self.data[name][:, self.added % self.capacity] = torch.from_numpy(value)
         self.added += 1
 
     def sample(self, batch_per_task: int) -> dict[str, Tensor]:
         """Uniform draws with replacement, the same number from each task: (tasks, batch_per_task, ...)."""
-        rows = torch.randint(len(self), (len(self.task_index), batch_per_task), device=self.task_index.device)
-        return {name: column[self.task_index, rows] for name, column in self.data.items()}
+        rows = torch.randint(len(self), (len(self.tasks), batch_per_task), device=self.tasks.device)
+        return {name: column[self.tasks, rows] for name, column in self.data.items()}
 
     def state_dict(self) -> dict:
         # a slice would save its whole storage: clone what is filled
@@ -542,195 +515,91 @@ class ReplayBuffer:
             self.data[name][:, : len(self)] = column
 
 
-def critic_loss(
-    actor: Actor,
-    critics: nn.ModuleList,
-    targets: nn.ModuleList,
-    log_alpha: Tensor,
-    batch: dict[str, Tensor],
-    gamma: float,
-    max_q: float,
-) -> tuple[Tensor, Tensor]:
+def critic_loss(actor, critics, targets, log_alpha: Tensor, batch: dict, args: Args) -> tuple[Tensor, Tensor]:
     """Soft Bellman error of both critics, summed, per task (tasks,), and the mean of the first critic's Q, 0-d.
 
-    The end of an episode is only its time limit. log_alpha: (tasks,); batch: (tasks, batch, ...).
+    An episode ends by its time only. log_alpha: (tasks,); batch: (tasks, batch, ...).
     """
     with torch.no_grad():
         next_action, next_log_prob = actor.sample(batch["next_obs"])
-        next_q = torch.min(*(target.q(batch["next_obs"], next_action) for target in targets))
-        y = batch["reward"] + gamma * (next_q - log_alpha.exp()[:, None] * next_log_prob)
-        y = y.clamp(-max_q, max_q)
-    values = [critic.q(batch["obs"], batch["action"]) for critic in critics]
+        next_q = torch.min(*(target(batch["next_obs"], next_action) for target in targets))
+        y = batch["reward"] + args.gamma * (next_q - log_alpha.exp()[:, None] * next_log_prob)
+        y = y.clamp(-args.max_q, args.max_q)
+    values = [critic(batch["obs"], batch["action"]) for critic in critics]
     return sum((q - y).square().mean(1) for q in values), values[0].detach().mean()
 
 
 def actor_loss(actor: Actor, critics: nn.ModuleList, log_alpha: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
     """alpha log pi - Q and the mean of log pi, both per task (tasks,)."""
     action, log_prob = actor.sample(obs)
-    q = torch.min(*(critic.q(obs, action) for critic in critics))
+    q = torch.min(*(critic(obs, action) for critic in critics))
     return (log_alpha.detach().exp()[:, None] * log_prob - q).mean(1), log_prob.detach().mean(1)
 
 
 class Agent:
     """Multi-task SAC with sparse or dense networks."""
 
-    # What a checkpoint holds beside log_alpha: attributes with a state_dict of their own, and plain values.
-    LEARNERS = ("actor", "critics", "targets", "actor_optimizer", "q_optimizer", "alpha_optimizer", "replay")
-    PLAIN = ("updates", "resets", "recycled", "grad_norms")
+    STATE = ("actor", "critics", "targets", "log_alpha", "actor_optimizer", "q_optimizer", "alpha_optimizer", "replay")
+    STATE += ("sparse", "updates", "resets", "recycled")
 
     def __init__(self, args: Args, tasks: int, obs_dim: int, act_dim: int, device: torch.device):
         self.args, self.tasks, self.obs_dim, self.act_dim, self.device = args, tasks, obs_dim, act_dim, device
         sizes = (tasks, obs_dim, act_dim)
         self.actor = Actor(args, *sizes).to(device)
         self.critics = nn.ModuleList(Critic(args, *sizes) for _ in range(2)).to(device)
-        self.targets = nn.ModuleList(Critic(args, *sizes) for _ in range(2)).to(device)
         self.log_alpha = torch.zeros(tasks, device=device, requires_grad=True)
         decay = args.weight_decay if args.intervention == "weight-decay" else 0.0  # AdamW without decay is Adam
-        adam = partial(torch.optim.AdamW, lr=args.learning_rate, eps=1e-5, weight_decay=decay, fused=True)
-        self.actor_optimizer = adam(self.actor.parameters())
-        self.q_optimizer = adam(self.critics.parameters())
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.learning_rate, eps=1e-5, fused=True)
-        self.actor_parameters = list(self.actor.parameters())
+        adam = partial(torch.optim.AdamW, lr=args.learning_rate, eps=1e-5, fused=True)
+        self.actor_optimizer = adam(self.actor.parameters(), weight_decay=decay)
+        self.q_optimizer = adam(self.critics.parameters(), weight_decay=decay)
+        self.alpha_optimizer = adam([self.log_alpha], weight_decay=0.0)
         self.replay = ReplayBuffer(tasks, min(args.buffer_size, args.total_steps) // tasks, obs_dim, act_dim, device)
-        self.updates, self.total_updates, self.resets, self.recycled = 0, count_updates(args, tasks), 0, 0
-        # of the last update, missing connections left out, before clipping
-        self.grad_norms = {"actor": torch.zeros(()), "critic": torch.zeros(())}
+        self.updates, self.resets, self.recycled = 0, 0, 0
+        self.grad_norms: dict[str, Tensor] = {}  # of the last update, masked, before clipping
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
             self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
-        if args.sparsify == "set":
-            self._draw_sparse_layers()
-        self.targets.load_state_dict(self.critics.state_dict())  # their copies of the masks are never used again
-
-    # ------------------------------------------------------------------------------------------------ sparsification
+        self.sparse: dict[str, GMP | SET] = {}  # what decides which weights exist, by network
+        for name, network, optimizer in self.networks():
+            if args.method != "dense" and (args.sparsify_actor if name == "actor" else args.sparsify_critic):
+                self.sparse[name] = self.sparsified(network.layers, optimizer)
+        self.targets = copy.deepcopy(self.critics)  # they follow by averaging and need no masks
 
     def networks(self) -> Iterator[tuple[str, MultiTaskNetwork, torch.optim.Optimizer]]:
         """Actor and critics, with the optimizer that trains them."""
         yield "actor", self.actor, self.actor_optimizer
-        for i, critic in enumerate(self.critics):
-            yield f"critic{i + 1}", critic, self.q_optimizer
+        for i, critic in enumerate(self.critics, start=1):
+            yield f"critic{i}", critic, self.q_optimizer
 
-    def sparse_networks(self) -> list[tuple[MultiTaskNetwork, torch.optim.Optimizer]]:
-        """Those that are to be sparsified."""
-        actor, critic = self.args.sparsify_actor, self.args.sparsify_critic
-        return [(net, optimizer) for name, net, optimizer in self.networks() if (actor if name == "actor" else critic)]
+    def sparsified(self, layers: nn.ModuleList, optimizer: torch.optim.Optimizer) -> GMP | SET:
+        """The method on a trunk. SET's first weights keep the bound of a dense layer: features begin small."""
+        args, updates = self.args, count_updates(self.args, self.tasks)
+        if args.method == "set":
+            return SET(layers, optimizer, args.sparsity, args.zeta, args.evolve_every)
+        schedule = (updates, args.sparsity, args.prune_start, args.prune_until, args.prune_every)
+        return GMP(layers, optimizer, *schedule, local=args.prune_scope == "layer")
 
-    def _draw_sparse_layers(self) -> None:
-        """SET's initial connections. An expert's matrix counts as a layer of its own.
-
-        The weights keep the bound of a dense layer, so features begin small (the paper does not say how they do).
-        """
-        for network, optimizer in self.sparse_networks():
-            shapes = [tuple(layer.mask.shape[1:]) for layer in network.layers]
-            for layer, count in zip(network.layers, erdos_renyi_counts(shapes, self.args.sparsity), strict=True):
-                masks = [random_mask(layer.mask.shape[1:], count) for _ in layer.mask]
-                apply_mask(layer, torch.stack(masks).to(self.device), optimizer)
-
-    def prune_if_due(self) -> dict[str, float]:
-        """After an update: a pruning step of GMP, if it is time. Returns what there is to log."""
-        if self.args.sparsify != "gmp" or self.updates % self.args.prune_every != 0:
-            return {}
-        self.prune_networks()
-        return self.densities()
-
-    def prune_networks(self) -> None:
-        """A pruning step of GMP, at the sparsity of the present update."""
-        args = self.args
-        schedule = (self.total_updates, args.prune_start, args.prune_end, args.sparsity)
-        sparsity = gmp_sparsity(self.updates, *schedule)
-        for network, optimizer in self.sparse_networks():
-            if args.prune_scope == "global":
-                weights = [layer.weight for layer in network.layers]
-                masks = prune(weights, [layer.mask for layer in network.layers], sparsity)
-            else:  # an expert's matrix counts as a layer of its own
-                pairs = [zip(layer.weight, layer.mask, strict=True) for layer in network.layers]
-                masks = [torch.stack([prune([w], [m], sparsity)[0] for w, m in pair]) for pair in pairs]
-            for layer, mask in zip(network.layers, masks, strict=True):
-                apply_mask(layer, mask, optimizer)
-
-    def evolve_networks(self) -> None:
-        """A rewiring of SET in every layer."""
-        for network, optimizer in self.sparse_networks():
-            for layer in network.layers:
-                pairs = zip(layer.weight, layer.mask, strict=True)
-                mask = torch.stack([evolve(weight, mask, self.args.zeta) for weight, mask in pairs])
-                apply_mask(layer, mask, optimizer)
-
-    def intervene(self) -> dict[str, float]:
-        """Before an update: rewire, recycle or reset, if it is time. Returns what there is to log.
-
-        Before and not after: the evaluations in between, and the end of the run, see weights that were trained.
-        """
-        args, report = self.args, {}
-        if self.updates == 0:
-            return {}
-        if args.sparsify == "set" and self.updates % args.evolve_every == 0:
-            self.evolve_networks()
-        if args.intervention == "redo" and self.updates % args.redo_every == 0:
-            batch = self.replay.sample(max(1, METRIC_BATCH // self.tasks))
-            q_input = torch.cat([batch["obs"], batch["action"]], -1)
-            for name, network, optimizer in self.networks():
-                inputs = batch["obs"] if name == "actor" else q_input
-                recycled = recycle(network, optimizer, inputs, args.dormant_tau)
-                report[f"method/recycled/{name}"] = recycled
-                self.recycled += recycled
-        if args.intervention == "reset" and self.updates % args.reset_every == 0 and self.resets < MAX_RESETS:
-            for _, network, optimizer in self.networks():
-                reset_heads(network, optimizer)
-            for target, critic in zip(self.targets, self.critics, strict=True):
-                target.heads.load_state_dict(critic.heads.state_dict())  # as Nikishin et al.
-            self.resets += 1
-            report["method/resets"] = self.resets
-        return report
-
-    def densities(self) -> dict[str, float]:
-        """Share of connections that exist, per network, per layer of its trunk, and from the action into a critic."""
-        scalars = {}
-        for name, network, _ in self.networks():
-            counts = [(int(layer.mask.sum()), layer.mask.numel()) for layer in network.layers]
-            active, sizes = map(sum, zip(*counts, strict=True))
-            scalars[f"sparsity/{name}/density"] = active / sizes
-            scalars |= {f"sparsity/{name}/layer{i}": n / size for i, (n, size) in enumerate(counts, start=1)}
-            if network is not self.actor:
-                action_rows = slice(self.obs_dim, self.obs_dim + self.act_dim)
-                scalars[f"sparsity/{name}/action"] = network.layers[0].mask[:, action_rows].float().mean().item()
-        return scalars
+    def masks(self, name: str, network: MultiTaskNetwork) -> list[Tensor]:
+        """Which connections of a trunk exist: boolean (k, inputs, outputs) per layer."""
+        if name in self.sparse:
+            return self.sparse[name].masks
+        return [torch.ones_like(layer.weight, dtype=torch.bool) for layer in network.layers]
 
     # ------------------------------------------------------------------------------------------------------ training
-
-    def random_actions(self) -> np.ndarray:
-        """Uniform in [-1, 1], (tasks, act_dim), from PyTorch's generator, which is in the checkpoint."""
-        return (2 * torch.rand(self.tasks, self.act_dim) - 1).numpy()
 
     def update(self) -> dict[str, Tensor]:
         """One SAC update on all tasks. Returns the losses as 0-d tensors; nothing here waits for the device."""
         args, batch = self.args, self.replay.sample(self.args.batch_per_task)
-
-        q_losses, q_mean = self.critic_loss(
-            self.actor, self.critics, self.targets, self.log_alpha, batch, args.gamma, args.max_q
-        )
-        self.q_optimizer.zero_grad(set_to_none=True)
-        q_losses.mean().backward()
-        if args.sparsify != "none" and args.sparsify_critic:
-            for critic in self.critics:
-                mask_gradients(critic)
-        self.grad_norms["critic"] = nn.utils.clip_grad_norm_(self.critics.parameters(), args.max_grad_norm)
-        self.q_optimizer.step()
-
+        q_losses, q_mean = self.critic_loss(self.actor, self.critics, self.targets, self.log_alpha, batch, args)
+        self.step("critic", self.q_optimizer, q_losses.mean())
         actor_losses, log_prob = self.actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])
-        self.actor_optimizer.zero_grad(set_to_none=True)
-        actor_losses.mean().backward(inputs=self.actor_parameters)  # no gradients of the critics' weights
-        if args.sparsify != "none" and args.sparsify_actor:
-            mask_gradients(self.actor)
-        self.grad_norms["actor"] = nn.utils.clip_grad_norm_(self.actor_parameters, args.max_grad_norm)
-        self.actor_optimizer.step()
+        self.step("actor", self.actor_optimizer, actor_losses.mean())
 
         # target entropy -|A|; the loss is linear in log alpha
         alpha_loss = -(self.log_alpha * (log_prob - self.act_dim)).mean()
         self.alpha_optimizer.zero_grad(set_to_none=True)
         alpha_loss.backward()
         self.alpha_optimizer.step()
-
         with torch.no_grad():
             for target, value in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
                 target.lerp_(value, args.tau)
@@ -739,100 +608,131 @@ class Agent:
         losses["alpha"] = self.log_alpha.exp().mean()
         return {name: value.detach() for name, value in losses.items()}
 
+    def step(self, name: str, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        """Gradients of the optimizer's own parameters, masked, then clipped; its step."""
+        parameters = optimizer.param_groups[0]["params"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward(inputs=parameters)
+        for sparse in self.sparse.values():
+            if sparse.optimizer is optimizer:
+                sparse.before_step()
+        self.grad_norms[name] = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        optimizer.step()
+
+    def after_update(self) -> dict[str, float]:
+        """GMP's pruning, if it is time: the run ends at the final sparsity. Returns what there is to log."""
+        if self.args.method != "gmp":
+            return {}
+        for sparse in self.sparse.values():
+            sparse.after_step()
+        return self.densities() if self.updates % self.args.prune_every == 0 else {}
+
+    def before_update(self) -> dict[str, float]:
+        """Rewire (SET), recycle (ReDo) or reset, if it is time. Returns what there is to log.
+
+        Before the next update and not after the last: the evaluations in between see weights that were trained.
+        """
+        args, report = self.args, {}
+        if self.updates == 0:
+            return {}
+        if args.method == "set":
+            for sparse in self.sparse.values():
+                sparse.after_step()
+        if args.intervention == "redo" and self.updates % args.redo_every == 0:
+            batch = self.replay.sample(max(1, METRIC_BATCH // self.tasks))
+            for name, network, optimizer in self.networks():
+                weights = [layer.weight for layer in network.layers]
+                masks = dict(zip(weights, self.masks(name, network), strict=True))
+                inputs = [batch["obs"]] if name == "actor" else [batch["obs"], batch["action"]]
+                levels, forward = network.levels(), partial(network, *inputs)
+                recycled = recycle(levels, optimizer, forward, args.dormant_threshold, masks)
+                report[f"method/recycled/{name}"] = recycled
+            self.recycled += sum(report.values())
+        if args.intervention == "reset" and self.updates % args.reset_every == 0 and self.resets < MAX_RESETS:
+            for _, network, optimizer in self.networks():
+                reset_heads(network.heads, optimizer)
+            for target, critic in zip(self.targets, self.critics, strict=True):
+                target.heads.load_state_dict(critic.heads.state_dict())  # as Nikishin et al.
+            self.resets += 1
+            report["method/resets"] = self.resets
+        return report
+
     # ------------------------------------------------------------------------------------------------------- metrics
 
+    def densities(self) -> dict[str, float]:
+        """Share of connections that exist, per network, per layer of its trunk, and from the action into a critic."""
+        scalars = {}
+        for name, network, _ in self.networks():
+            masks = self.masks(name, network)
+            scalars[f"sparsity/{name}/density"] = sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+            scalars |= {f"sparsity/{name}/layer{i}": int(m.sum()) / m.numel() for i, m in enumerate(masks, start=1)}
+            if network is not self.actor:
+                action = masks[0][:, self.obs_dim : self.obs_dim + self.act_dim]
+                scalars[f"sparsity/{name}/action"] = int(action.sum()) / action.numel()
+        return scalars
+
     def plasticity(self) -> dict[str, Tensor]:
-        """Plasticity metrics of actor and critics on replayed transitions. Takes no random number from the training."""
+        """Metrics of actor and first critic on replayed transitions. Takes no random number from the training."""
+        masks = {"actor": self.masks("actor", self.actor), "critic": self.masks("critic1", self.critics[0])}
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.args.seed)
             batch = self.replay.sample(max(1, METRIC_BATCH // self.tasks))
-            trace = fisher_trace(self.actor, batch["obs"])
-            actor_losses, _ = actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])
+            trace = fisher_trace(self.actor, batch["obs"], masks["actor"])
+            losses = {"actor": actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])[0]}
             learners = (self.actor, self.critics, self.targets, self.log_alpha)
-            q_losses, _ = critic_loss(*learners, batch, self.args.gamma, self.args.max_q)
-        q_input = torch.cat([batch["obs"], batch["action"]], -1)
-        parts = {  # networks, their inputs, their losses per task
-            "actor": ([self.actor], batch["obs"], actor_losses),
-            "critic": (list(self.critics), q_input, q_losses),
-        }
-        scalars = {"plasticity/actor/fisher_trace": trace}
-        for name, (networks, inputs, losses) in parts.items():
-            features = [network.features(inputs) for network in networks]
-            hidden = [h for layers in features for h in layers]
-            connected = [units for network in networks for units in network.connected_units()]
-            module, prefix = nn.ModuleList(networks), f"plasticity/{name}/"
-            scalars |= {
-                prefix + "dormant_ratio": metrics.dormant_ratio(hidden, self.args.dormant_tau, connected),
-                prefix + "active_fraction": metrics.active_fraction(hidden, connected),
-                prefix + "srank": metrics.srank(features[0][-1]),
-                prefix + "effective_rank": metrics.effective_rank(features[0][-1]),
-                prefix + "weight_norm": metrics.weight_norm(module),
-                prefix + "grad_norm": self.grad_norms[name],
-            }
+            losses["critic"] = critic_loss(*learners, batch, self.args)[0]
+        pair = (batch["obs"], batch["action"])
+        networks = {"actor": (self.actor, pair[:1]), "critic": (self.critics[0], pair)}
+        active = {name: network.connected_units(masks[name]) for name, (network, _) in networks.items()}
+        scalars = metrics.plasticity(networks, active) | {"plasticity/actor/fisher_trace": trace}
+        for name, (network, inputs) in networks.items():
+            features = metrics.hidden_features(network, inputs)
+            dormant = metrics.dormant_ratio(features, self.args.dormant_threshold, active[name])
+            scalars[f"method/dormant_ratio/{name}"] = dormant
             if self.tasks > 1:
-                scalars[prefix + "gradient_cosine"] = metrics.gradient_cosine(trunk_gradients(networks[0], losses))
+                gradients = trunk_gradients(network, losses[name], masks[name])
+                scalars[f"plasticity/{name}/gradient_cosine"] = metrics.gradient_cosine(gradients)
         return scalars
 
     def parameter_counts(self) -> dict[str, int]:
         """Weights and biases of the actor and of one critic, and how many of them are left."""
         counts = {}
-        for name, network in (("actor", self.actor), ("critic", self.critics[0])):
-            counts[name] = sum(p.numel() for p in network.parameters())
-            counts[f"{name}_active"] = counts[name] - sum(int((~layer.mask).sum()) for layer in network.layers)
+        for name, network, _ in list(self.networks())[:2]:
+            net = name.rstrip("1")
+            counts[net] = sum(p.numel() for p in network.parameters())
+            counts[f"{net}_active"] = counts[net] - sum(int((~mask).sum()) for mask in self.masks(name, network))
         return counts
 
-    # --------------------------------------------------------------------------------------------------- checkpoints
 
-    def named_weights(self) -> list[tuple[str, Tensor]]:
-        """Everything that is learned, by name."""
-        modules = {"actor": self.actor, "critics": self.critics, "targets": self.targets}
-        named = [(f"{net}.{name}", p) for net, module in modules.items() for name, p in module.named_parameters()]
-        return [*named, ("log_alpha", self.log_alpha)]
-
-    def state_dict(self) -> dict:
-        state = {name: getattr(self, name).state_dict() for name in self.LEARNERS}
-        state |= {name: getattr(self, name) for name in self.PLAIN}
-        return state | {"log_alpha": self.log_alpha.detach()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name in self.LEARNERS:
-            getattr(self, name).load_state_dict(state[name])
-        for name in self.PLAIN:
-            setattr(self, name, state[name])
-        self.log_alpha.data.copy_(state["log_alpha"])
-
-
-def trunk_gradients(network: MultiTaskNetwork, losses: Tensor) -> Tensor:
+def trunk_gradients(network: MultiTaskNetwork, losses: Tensor, masks: list[Tensor]) -> Tensor:
     """Gradient of each task's loss (tasks,) in the trunk's existing connections: (tasks, weights)."""
     weights = [layer.weight for layer in network.layers]
     rows = []
     for loss in losses:
         gradients = torch.autograd.grad(loss, weights, retain_graph=True)
-        rows.append(torch.cat([(g * layer.mask).flatten() for g, layer in zip(gradients, network.layers, strict=True)]))
+        rows.append(torch.cat([(g * mask).flatten() for g, mask in zip(gradients, masks, strict=True)]))
     return torch.stack(rows)
 
 
-def fisher_trace(actor: Actor, obs: Tensor) -> Tensor:
+def fisher_trace(actor: Actor, obs: Tensor, masks: list[Tensor]) -> Tensor:
     """E ||grad_theta log pi(a|s)||^2 over the samples of all tasks, a ~ pi, without missing connections (paper C.2).
 
     obs: (tasks, batch, obs_dim). The actions before the squash serve, as its Jacobian has no parameters.
     """
-    masks = {f"layers.{i}.weight": layer.mask for i, layer in enumerate(actor.layers)}
+    by_name = {f"layers.{i}.weight": mask for i, mask in enumerate(masks)}
     with torch.no_grad():
         mean, log_std = actor.distribution(obs)
         u = mean + log_std.exp() * torch.randn_like(mean)
 
     def log_prob(task: int, parameters: dict[str, Tensor], obs: Tensor, u: Tensor) -> Tensor:
-        present = {name: p * masks[name] if name in masks else p for name, p in parameters.items()}
+        present = {name: p * by_name[name] if name in by_name else p for name, p in parameters.items()}
         arguments = (obs[None, None], slice(task, task + 1))
         mean, log_std = torch.func.functional_call(actor, present, arguments)[0, 0].chunk(2, -1)
         log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
         return (-0.5 * ((u - mean) / log_std.exp()).square() - log_std).sum()
 
     parameters = dict(actor.named_parameters())
-    traces = [
-        metrics.fisher_trace(partial(log_prob, task), parameters, (obs[task], u[task])) for task in range(len(obs))
-    ]
+    traces = [metrics.fisher_trace(partial(log_prob, i), parameters, (obs[i], u[i])) for i in range(len(obs))]
     return torch.stack(traces).mean()
 
 
@@ -844,233 +744,126 @@ def count_updates(args: Args, tasks: int) -> int:
     return args.total_steps // tasks - args.learning_starts // tasks
 
 
-def check_args(args: Args) -> list[str]:
-    """Refuse impossible arguments before anything is built; returns the tasks.
-
-    Raises ArgumentError: argument, value, what is allowed.
-    """
-    choices = {
-        "arch": ("shared", "moe", "moore"),
-        "sparsify": ("none", "gmp", "set"),
-        "prune_scope": ("global", "layer"),
-        "intervention": ("none", "redo", "reset", "layernorm", "weight-decay"),
-        "reward_version": ("v1", "v2"),
-        "device": ("auto", "cpu", "cuda"),
-    }
-    for name, values in choices.items():
-        require(args, name, getattr(args, name) in values, "one of " + ", ".join(values))
-    sizes = ("total_steps", "eval_every", "eval_episodes", "episodes", "episode_steps", "experts", "width", "depth")
-    intervals = ("prune_every", "evolve_every", "redo_every", "reset_every")
-    for name in (*sizes, *intervals, "batch_per_task", "torch_threads"):
-        require(args, name, getattr(args, name) >= 1, "at least 1")
-    for name in ("checkpoint_every", "learning_starts", "num_workers", "dormant_tau", "weight_decay"):
-        require(args, name, 0 <= getattr(args, name) < math.inf, "at least 0")
-    require(args, "seed", 0 <= args.seed < 2**32, "at least 0 and below 2**32")
-    require(args, "capture_video", can_draw() or not args.capture_video, "off: no EGL library is here to draw with")
-    for name in ("learning_rate", "max_grad_norm", "max_q"):
-        require(args, name, 0 < getattr(args, name) < math.inf, "a positive number")
-    for name in ("gamma", "tau", "zeta"):
-        require(args, name, 0 <= getattr(args, name) <= 1, "between 0 and 1")
-    require(args, "sparsity", 0 <= args.sparsity < 1, "at least 0 and below 1")
-    below = f"at least 0 and below --prune-end {args.prune_end}"
-    require(args, "prune_start", 0 <= args.prune_start < args.prune_end, below)
-    require(args, "prune_end", args.prune_end <= 1, "at most 1")
-    require(args, "depth", args.arch == "shared" or args.depth >= 2, f"at least 2 with --arch {args.arch}")
-    orthogonal = args.arch != "moore" or args.experts <= args.width
-    require(args, "experts", orthogonal, f"at most --width {args.width} with --arch moore")
-    something = args.sparsify == "none" or args.sparsify_actor or args.sparsify_critic
-    require(args, "sparsify", something, "none where neither actor nor critic is sparsified")
-    unclipped = args.reward_version == "v2" or args.max_q > Args.max_q
-    require(args, "reward_version", unclipped, f"v2 unless --max-q is above {Args.max_q}: v1 pays up to 2000 a step")
-    try:
-        tasks = task_sequence(args.benchmark)
-    except ValueError as error:
-        raise ArgumentError(f"--benchmark {args.benchmark}: {error}") from None
-    require(args, "benchmark", len(set(tasks)) == len(tasks), "a list without repetition")
-    require(args, "num_workers", args.num_workers <= len(tasks), f"at most the number of tasks, {len(tasks)}")
-    require(args, "buffer_size", args.buffer_size >= len(tasks), f"at least the number of tasks, {len(tasks)}")
+def check(args: Args, tasks: list[str]) -> None:
+    """Refuse what the types of `Args` cannot tell: else a run would end before its final sparsity, in silence."""
     updates = count_updates(args, len(tasks))
-    require(args, "learning_starts", updates >= 1, f"below --total-steps {args.total_steps} by a step of every task")
-    # else the run would end before its final sparsity, or without its intervention, in silence
-    last = updates // args.prune_every * args.prune_every
-    reached = args.sparsify != "gmp" or last >= args.prune_end * updates
-    final = f"{math.ceil(args.prune_end * updates)} to {updates}"
-    require(args, "prune_every", reached, f"so that a multiple of it is among the final updates, {final}")
-    for name, wanted in (
-        ("evolve_every", args.sparsify == "set"),
-        ("redo_every", args.intervention == "redo"),
-        ("reset_every", args.intervention == "reset"),
-    ):
-        require(args, name, not wanted or getattr(args, name) < updates, f"below the number of updates, {updates}")
-    return tasks
+    last, first = updates // args.prune_every * args.prune_every, math.ceil(args.prune_until * updates)
+    fits, sparse = args.experts <= args.hidden_dim, args.sparsify_actor or args.sparsify_critic
+    number, mixture = f"the number of tasks, {len(tasks)}", f"with --arch {args.arch}"
+    clipped = f"v2 unless --max-q is above {Args.max_q}: v1 pays up to 2000 a step"
+    final = f"so that a multiple of it is among the final updates, {first} to {updates}"
+    rules = [
+        ("prune_start", args.prune_start < args.prune_until, f"below --prune-until {args.prune_until}"),
+        ("hidden_layers", args.arch == "shared" or args.hidden_layers >= 2, f"at least 2 {mixture}"),
+        ("experts", args.arch != "moore" or fits, f"at most --hidden-dim {args.hidden_dim} {mixture}"),
+        ("method", args.method == "dense" or sparse, "dense where neither actor nor critic is sparsified"),
+        ("reward_version", args.reward_version == "v2" or args.max_q > Args.max_q, clipped),
+        ("benchmark", len(set(tasks)) == len(tasks), "a list without repetition"),
+        ("num_workers", args.num_workers <= len(tasks), f"at most {number}"),
+        ("buffer_size", args.buffer_size >= len(tasks), f"at least {number}"),
+        ("learning_starts", updates >= 1, f"below --total-steps {args.total_steps} by a step of every task"),
+        ("prune_every", args.method != "gmp" or last >= args.prune_until * updates, final),
+    ]
+    due = [("evolve_every", args.method == "set"), ("redo_every", args.intervention == "redo")]
+    for name, used in [*due, ("reset_every", args.intervention == "reset")]:
+        rules.append((name, not used or getattr(args, name) < updates, f"below the number of updates, {updates}"))
+    for rule in rules:
+        require(args, *rule)
 
 
-def evaluate_task(
-    actor: Actor,
-    args: Args,
-    tasks: list[str],
-    index: int,
-    episodes: int,
-    video: Path | None,
-    stop: Callable[[], bool] | None = None,
-) -> dict | None:
-    """Deterministic episodes of one task; its goals depend on the seed, the task and the episode number only.
-
-    video: folder for the first episode. Returns what `metrics.evaluate` does.
-    """
-    options = {"reward_version": args.reward_version, "max_episode_steps": args.episode_steps}
-    env = make_env(tasks[index], seed=0, render_mode="rgb_array" if video else None, **options)
-    if video:
-        env = record_video(env, video / tasks[index])
-    try:
-        act = partial(actor.act_deterministic, task=index)
-        return metrics.evaluate(act, env, episodes, (args.seed, EVAL_GOALS, index), stop)
-    finally:
-        env.close()
-
-
-def evaluate_run(args: Args) -> dict:
-    """`--evaluate RUN_DIR`: evaluate a run's latest checkpoint on its tasks, print the table; results by task index."""
-    stored = Args(**stored_args(args.evaluate, Args))
-    checkpoint = load_checkpoint(args.evaluate, "sparse_mtrl_gmp_set")
-    tasks = task_sequence(stored.benchmark)
-    actor = Actor(stored, len(tasks), *env_sizes(tasks[0])).to(select_device(args.device))
+def load_actor(run_dir: str) -> Actor:
+    """The actor of a stored run, as its last checkpoint has it."""
+    args, checkpoint = cli.load_run(run_dir, Args, "sparse_mtrl_gmp_set")
+    tasks = task_sequence(args.benchmark, "--benchmark")
+    actor = Actor(args, len(tasks), *env_sizes(tasks[0]))
     actor.load_state_dict(checkpoint["agent"]["actor"])
-    video = Path(args.evaluate) / "videos" / "evaluate" if args.capture_video else None
-    say, results = (lambda _: None) if args.quiet else print, {}
-    say(f"{'task':<34}{'return':>12}{'success':>10}")
-    for index, task in enumerate(tasks):
-        results[index] = result = evaluate_task(actor, stored, tasks, index, args.episodes, video)
-        say(f"{index:>2}  {task:<30}{result['episode_return']:>12.1f}{result['success']:>10.2f}")
-    say(f"{'mean':<34}{'':>12}{np.mean([result['success'] for result in results.values()]):>10.2f}")
-    return results
+    return actor
 
 
-def env_sizes(task: str) -> tuple[int, int]:
-    """Observation and action dimension of a Meta-World task."""
-    env = make_env(task, seed=0)
-    env.close()
-    return env.observation_space.shape[0], env.action_space.shape[0]
+def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """The policy of a stored run on one of its tasks: an observation (obs_dim,) -> the mean's action (act_dim,)."""
+    return partial(load_actor(run_dir).act, task=task)
 
 
 def main(args: Args) -> dict:
-    """Train on all tasks; returns what results.json holds, with --evaluate what `evaluate_run` does.
-
-    Raises ArgumentError, NotFiniteError, Interrupted.
-    """
-    tasks = check_args(args)
-    torch.set_num_threads(args.torch_threads)
-    torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
+    """Train on all tasks; returns what results.json holds, with --evaluate the result of each task."""
+    args, checkpoint, device = cli.prepare(args, "sparse_mtrl_gmp_set", PRESETS)
+    tasks = task_sequence(args.benchmark, "--benchmark")
+    check(args, tasks)
+    indices = range(len(tasks))
+    make_task = partial(make_env, reward_version=args.reward_version, max_episode_steps=args.episode_steps)
     if args.evaluate:
-        return evaluate_run(args)
-    if args.resume:
-        finished = finished_results(args)
-        if finished is not None:
-            return finished
-    checkpoint = load_checkpoint(args.resume, "sparse_mtrl_gmp_set") if args.resume else None
-    device = select_device(args.device)
-
-    torch.manual_seed(args.seed)
+        actor = load_actor(args.evaluate).to(device)
+        return evaluate_stored(args, tasks, indices, lambda task: partial(actor.act, task=task), make_task, EVAL_GOALS)
     agent = Agent(args, len(tasks), *env_sizes(tasks[0]), device)
-    label = args.benchmark.replace(",", "+") if len(args.benchmark) < 40 else f"{len(tasks)}tasks"
-    total_steps = args.total_steps // len(tasks) * len(tasks)
-    run_name = f"sparse_mtrl_gmp_set__{label}__{args.seed}"
-    recorder = Recorder(args, "sparse_mtrl_gmp_set", run_name, tasks, total_steps, checkpoint)
-    # Where the run is; `step` counts the environment steps of all tasks.
-    at = {"step": 0, "next_eval": min(args.eval_every, total_steps), "envs": None, "plasticity": {}}
+    at = {"step": 0, "envs": None, "metrics": {}}  # `step` counts the environment steps of all tasks
     if checkpoint:
-        agent.load_state_dict(checkpoint.pop("agent"))  # pop: the buffer's second copy is not kept
-        at |= checkpoint["at"]
-        set_random_state(checkpoint["random"], device)
+        restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
+        at = checkpoint["at"]
+    step, total_steps = at["step"], args.total_steps // len(tasks) * len(tasks)
+    phases = [(total_steps, args.learning_starts)]
+    recorder = Recorder(args, "sparse_mtrl_gmp_set", args.benchmark, tasks, phases, checkpoint)
 
-    seeds = [int(np.random.SeedSequence((args.seed, TRAIN_GOALS, i)).generate_state(1)[0]) for i in range(len(tasks))]
-    arguments = (tasks, seeds, args.episode_steps, args.reward_version)
-    envs = WorkerEnvs(*arguments, args.num_workers) if args.num_workers else TaskEnvs(*arguments)
-
-    def save() -> None:
-        """Checkpoint; only at an episode's end, where an environment's future is its random state."""
-        recorder.require_finite_weights(agent.named_weights(), at["step"])
-        recorder.save(at["step"], {"agent": agent.state_dict(), "random": random_state(device), "at": at})
+    def policy_of(task: int):
+        return partial(agent.actor.act, task=task)
 
     def evaluate() -> None:
-        """Evaluate on all tasks. If a signal comes in between, nothing is recorded and it is done again on resume."""
-        recorder.require_finite_weights(agent.named_weights(), at["step"])
-        video = recorder.run_dir / "videos" / f"step-{at['step']}" if args.capture_video else None
-        results = []
-        for index in range(len(tasks)):
-            result = evaluate_task(agent.actor, args, tasks, index, args.eval_episodes, video, lambda: recorder.stopped)
-            if result is None:
-                return
-            results.append(result)
-        for index, result in enumerate(results):
-            recorder.evaluation(at["step"], 0, index, args.eval_episodes, result)
-        mean_success = float(np.mean([result["success"] for result in results]))
-        at["plasticity"] = {name: float(value) for name, value in agent.plasticity().items()}
-        recorder.log(at["step"], {"eval/mean_success": mean_success} | at["plasticity"])
-        densities = agent.densities()
-        if args.sparsify != "gmp":  # which logs them when it prunes
-            recorder.log(at["step"], densities)
-        blind = [name for name in ("critic1", "critic2") if densities[f"sparsity/{name}/action"] == 0]
-        if blind:  # such a critic has no gradient for the actor
-            recorder.say(f"warning: no connection from the action into {' and '.join(blind)} is left")
-        following = (at["step"] // args.eval_every + 1) * args.eval_every
-        at["next_eval"] = min(following, total_steps) if at["step"] < total_steps else math.inf
-        successes = "  ".join(f"{task} {result['success']:.2f}" for task, result in zip(tasks, results, strict=True))
-        recorder.say(f"step {at['step']}: mean success {mean_success:.2f}: {successes}")
+        """Evaluate on all tasks, measure plasticity."""
+        recorder.require_finite_weights(agent, step)
+        if not recorder.evaluate(step, 0, indices, policy_of, make_task, EVAL_GOALS):
+            return  # a signal came in between: it is done again on resume
+        success, densities = np.mean([row["success"] for row in recorder.rows[-len(tasks) :]]), agent.densities()
+        plasticity = {name: float(value) for name, value in agent.plasticity().items()}
+        at["metrics"] = {"final_success": float(success)} | plasticity
+        recorder.log(step, {"eval/mean_success": success} | plasticity)
+        if args.method != "gmp":  # which logs them when it prunes
+            recorder.log(step, densities)
+        for name in ("critic1", "critic2"):
+            if densities[f"sparsity/{name}/action"] == 0:
+                recorder.say(f"warning: {name} has no connection left from the action: it teaches the actor nothing")
 
-    warm_up, first_step, clock = args.learning_starts // len(tasks), at["step"], time.monotonic()
-    next_checkpoint = at["step"] + (args.checkpoint_every or math.inf)
-    with closing(envs):
-        if at["envs"] is not None:
+    seeds = [seed_of(args.seed, TRAIN_GOALS, task) for task in indices]
+    arguments = (tasks, seeds, args.episode_steps, args.reward_version)
+    with closing(WorkerEnvs(*arguments, args.num_workers) if args.num_workers else TaskEnvs(*arguments)) as envs:
+        if at["envs"]:
             envs.set_rng_states(at["envs"])
-        if checkpoint is None:
-            at["envs"] = envs.rng_states()
-            save()
-        while True:  # once per episode
-            at["envs"] = envs.rng_states()
-            if at["step"] >= at["next_eval"]:
+        recorder.begin(agent, at | {"envs": envs.rng_states()}, checkpoint, agent.parameter_counts())
+        while True:  # once per episode; between two of them the environments' future is their random state
+            at |= {"step": step, "envs": envs.rng_states()}
+            if recorder.evaluation_due(step, 0, ended=step == total_steps):
                 evaluate()
-            if recorder.stopped:
-                save()
-                recorder.leave()
-            if at["step"] == total_steps:
+            if recorder.checkpoint_due(step):
+                recorder.save(step, agent, at)
+            recorder.leave()
+            if step == total_steps:
                 break
-            if at["step"] >= next_checkpoint:
-                next_checkpoint = at["step"] + args.checkpoint_every
-                save()
 
             obs, episode_return, success = envs.reset(), 0.0, np.zeros(len(tasks))
-            steps = min(args.episode_steps, (total_steps - at["step"]) // len(tasks))
+            steps = min(args.episode_steps, (total_steps - step) // len(tasks))
             for _ in range(steps):
-                learning = at["step"] // len(tasks) >= warm_up
-                actions = agent.actor.act(obs) if learning else agent.random_actions()
-                recorder.require_finite("action", actions, at["step"])
+                warm_up = step // len(tasks) < args.learning_starts // len(tasks)
+                actions = 2 * torch.rand(len(tasks), agent.act_dim).numpy() - 1 if warm_up else agent.actor.explore(obs)
+                recorder.require_finite("action", actions, step)
                 next_obs, rewards, successes = envs.step(actions)
-                agent.replay.add(obs, next_obs, actions, rewards)
+                agent.replay.add(obs=obs, next_obs=next_obs, action=actions, reward=rewards)
                 obs, episode_return, success = next_obs, episode_return + rewards.mean(), np.maximum(success, successes)
-                at["step"] += len(tasks)
-                if not learning:
+                step += len(tasks)
+                if warm_up:
                     continue
-                recorder.log(at["step"], agent.intervene())
+                recorder.log(step, agent.before_update())
                 losses = agent.update()
-                recorder.log(at["step"], agent.prune_if_due())
+                recorder.log(step, agent.after_update())
                 if agent.updates % LOG_EVERY == 0:
-                    for name, value in losses.items():
-                        recorder.require_finite(f"losses/{name}", value, at["step"])
-                    recorder.log(at["step"], {f"losses/{name}": value for name, value in losses.items()})
-                    recorder.log(at["step"], {"charts/SPS": (at["step"] - first_step) / (time.monotonic() - clock)})
-            if steps == args.episode_steps:  # not for the piece of an episode that may end the run
-                scalars = {"charts/episodic_return": episode_return, "charts/episodic_success": success.mean()}
-                recorder.log(at["step"], scalars)
-            recorder.progress(at["step"], ret=f"{episode_return:.0f}", success=f"{success.mean():.2f}")
+                    recorder.losses(step, losses)
+                    recorder.log(step, {f"plasticity/{name}/grad_norm": n for name, n in agent.grad_norms.items()})
+            whole = steps == args.episode_steps
+            recorder.episode(step, f"{len(tasks)} tasks", whole, episode_return, steps, success.mean())
 
-    save()
-    report = {"final_success": float(np.mean([row["success"] for row in recorder.rows[-len(tasks) :]]))}
-    report |= {name: value for name, value in agent.densities().items() if name.endswith("density")}
-    report |= at["plasticity"]
-    report |= {"updates": agent.updates, "recycled_units": agent.recycled, "head_resets": agent.resets}
-    return recorder.finish(at["step"], report, agent.parameter_counts())
+    recorder.save(step, agent, at)
+    densities = {name: value for name, value in agent.densities().items() if name.endswith("density")}
+    counts = {"updates": agent.updates, "recycled_units": agent.recycled, "head_resets": agent.resets}
+    return recorder.finish(step, at["metrics"] | densities | counts, agent.parameter_counts())
 
 
 if __name__ == "__main__":
-    run(main, Args, {"quick": QUICK})
+    cli.run(main, Args, PRESETS)
