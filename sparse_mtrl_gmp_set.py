@@ -235,7 +235,7 @@ class GMP(SparseLayers):
         groups = zip(zip(weights), zip(masks), strict=True) if self.local else [(weights, masks)]
         masks = [mask for group in groups for mask in prune(*group, gmp_sparsity(self.updates, *self.schedule))]
         if not all(mask.any() for mask in masks):
-            warnings.warn("GMP left a layer without connections; local=True ranks each layer by itself", stacklevel=2)
+            warnings.warn("GMP left a layer without connections; local=True ranks each layer by itself", stacklevel=3)
         return masks
 
 
@@ -489,30 +489,29 @@ class ReplayBuffer:
         # on a CPU, unwritten pages of zeros take no memory
         self.data = {name: torch.zeros(tasks, capacity, *size, device=device) for name, size in sizes.items()}
         self.tasks, self.capacity, self.added = torch.arange(tasks, device=device)[:, None], capacity, 0
-
-    def __len__(self) -> int:
-        """Transitions per task."""
-        return min(self.added, self.capacity)
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # transitions of each task
 
     def add(self, **transition: np.ndarray) -> None:
         """Append one transition of each task, arrays (tasks, ...), over the oldest when full."""
         for name, value in transition.items():
             self.data[name][:, self.added % self.capacity] = torch.from_numpy(value)
         self.added += 1
+        self.size.fill_(min(self.added, self.capacity))
 
     def sample(self, batch_per_task: int) -> dict[str, Tensor]:
         """Uniform draws with replacement, the same number from each task: (tasks, batch_per_task, ...)."""
-        rows = torch.randint(len(self), (len(self.tasks), batch_per_task), device=self.tasks.device)
+        rows = torch.randint(2**62, (len(self.tasks), batch_per_task), device=self.tasks.device) % self.size
         return {name: column[self.tasks, rows] for name, column in self.data.items()}
 
     def state_dict(self) -> dict:
         # a slice would save its whole storage: clone what is filled
-        return {"data": {name: c[:, : len(self)].clone() for name, c in self.data.items()}, "added": self.added}
+        return {"data": {name: c[:, : self.added].clone() for name, c in self.data.items()}, "added": self.added}
 
     def load_state_dict(self, state: dict) -> None:
         self.added = state["added"]
+        self.size.fill_(min(self.added, self.capacity))
         for name, column in state["data"].items():
-            self.data[name][:, : len(self)] = column
+            self.data[name][:, : self.added] = column
 
 
 def critic_loss(actor, critics, targets, log_alpha: Tensor, batch: dict, args: Args) -> tuple[Tensor, Tensor]:
@@ -796,7 +795,7 @@ def main(args: Args) -> dict:
         actor = load_actor(args.evaluate).to(device)
         return evaluate_stored(args, tasks, indices, lambda task: partial(actor.act, task=task), make_task, EVAL_GOALS)
     agent = Agent(args, len(tasks), *env_sizes(tasks[0]), device)
-    at = {"step": 0, "envs": None, "metrics": {}}  # `step` counts the environment steps of all tasks
+    at = {"step": 0, "episode": 0, "metrics": {}}  # `step` counts the environment steps of all tasks
     if checkpoint:
         restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
         at = checkpoint["at"]
@@ -822,14 +821,11 @@ def main(args: Args) -> dict:
             if densities[f"sparsity/{name}/action"] == 0:
                 recorder.say(f"warning: {name} has no connection left from the action: it teaches the actor nothing")
 
-    seeds = [seed_of(args.seed, TRAIN_GOALS, task) for task in indices]
-    arguments = (tasks, seeds, args.episode_steps, args.reward_version)
+    arguments = (tasks, [0] * len(tasks), args.episode_steps, args.reward_version)  # every reset has its own seeds
     with closing(WorkerEnvs(*arguments, args.num_workers) if args.num_workers else TaskEnvs(*arguments)) as envs:
-        if at["envs"]:
-            envs.set_rng_states(at["envs"])
-        recorder.begin(agent, at | {"envs": envs.rng_states()}, checkpoint, agent.parameter_counts())
-        while True:  # once per episode; between two of them the environments' future is their random state
-            at |= {"step": step, "envs": envs.rng_states()}
+        recorder.begin(agent, at, checkpoint, agent.parameter_counts())
+        while True:  # once per episode; how it starts depends on its number only
+            at["step"] = step
             if recorder.evaluation_due(step, 0, ended=step == total_steps):
                 evaluate()
             if recorder.checkpoint_due(step):
@@ -838,7 +834,9 @@ def main(args: Args) -> dict:
             if step == total_steps:
                 break
 
-            obs, episode_return, success = envs.reset(), 0.0, np.zeros(len(tasks))
+            seeds = [seed_of(args.seed, TRAIN_GOALS, task, at["episode"]) for task in indices]
+            obs, episode_return, success = envs.reset(seeds), 0.0, np.zeros(len(tasks))
+            at["episode"] += 1
             steps = min(args.episode_steps, (total_steps - step) // len(tasks))
             for _ in range(steps):
                 warm_up = step // len(tasks) < args.learning_starts // len(tasks)
