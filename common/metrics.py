@@ -458,8 +458,8 @@ def overlap(neurons: list[list[Tensor]]) -> list[list[float]]:
 def cycling_report(success: np.ndarray) -> dict[str, float]:
     """ASR, FM and FWT of S[p, i], success on task i after phase p, where phase p trains task p mod n.
 
-    The paper's formulas are not public. These are our reading, chosen so that its numbers make sense (FM below 0.2 and
-    FWT above 0.95 with an ASR of 0.9):
+    NBSP's paper names the three measures without formulas. These are our reading, chosen so that its numbers make sense
+    (FM below 0.2 and FWT above 0.95 with an ASR of 0.9):
 
     asr: mean over phases, and over the tasks seen so far, of S: stability and plasticity together.
     fm: mean over phases p and earlier tasks i, i not the task of p, of max(0, S after i's last training - S after p);

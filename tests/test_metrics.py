@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,11 +22,13 @@ from common.metrics import (
     forgetting_cw,
     forward_transfer_cw,
     grad_norm,
+    grad_norms,
     gradient_cosine,
     hidden_features,
-    latest_grad_norms,
     performance_cw,
+    plasticity,
     sensitivity,
+    singular_values,
     srank,
     stable_rank,
     success_matrix,
@@ -57,48 +60,135 @@ def layers_with_masks(draw):
 # ------------------------------------------------------------------------------------------------ hidden features
 
 
-def test_hidden_features_are_the_post_activations_in_call_order():
+def test_hidden_features_are_what_the_next_layers_read_in_call_order():
     torch.manual_seed(0)
-    shared = nn.ReLU()  # one module called twice gives two layers
+    shared = nn.ReLU()
     net = nn.Sequential(nn.Linear(3, 4), shared, nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), shared, nn.Linear(6, 2))
     x = torch.randn(7, 3)
     first = net[0](x).clamp(min=0)
     second = net[2](first).tanh()
     third = net[4](second).clamp(min=0)
-    features = hidden_features(net, x)
+    features = hidden_features(net, (x,))
     assert [tuple(h.shape) for h in features] == [(7, 4), (7, 5), (7, 6)]
     for h, expected in zip(features, (first, second, third), strict=True):
         assert torch.equal(h, expected) and not h.requires_grad
 
 
-def test_hidden_features_takes_several_inputs_and_leaves_the_output_alone():
-    class Critic(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = nn.Sequential(nn.Linear(5, 4), nn.ELU()), nn.Linear(4, 1)
+class Critic(nn.Module):
+    """Functional activations, joined inputs, twins that read the same."""
 
-        def forward(self, observation, action):
-            return self.head(self.body(torch.cat([observation, action], 1)))
+    def __init__(self):
+        super().__init__()
+        self.bodies = nn.ModuleList(nn.Linear(5, 4) for _ in range(2))
+        self.heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
 
+    def forward(self, observation, action):
+        x = torch.cat([observation, action], 1)
+        return [head(F.elu(body(x))) for body, head in zip(self.bodies, self.heads, strict=True)]
+
+
+def test_joined_inputs_are_no_features_also_of_the_second_twin_and_the_output_is_left_alone():
     critic, inputs = Critic(), (torch.randn(6, 3), torch.randn(6, 2))
     before = critic(*inputs)
-    (h,) = hidden_features(critic, inputs)
-    assert torch.equal(h, critic.body(torch.cat(inputs, 1))) and torch.equal(critic(*inputs), before)
+    features = hidden_features(critic, inputs)
+    expected = [F.elu(body(torch.cat(inputs, 1))) for body in critic.bodies]
+    assert len(features) == 2 and all(map(torch.equal, features, expected))
+    assert all(map(torch.equal, critic(*inputs), before))
+
+
+class TwoHeads(nn.Module):
+    """Convolutions, a trunk that flattens, two heads on the same features, an input that comes late."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 3, 2, bias=False), nn.Conv2d(3, 2, 2)
+        self.fc, self.norm = nn.Linear(8, 6), nn.LayerNorm(6)
+        self.action, self.mean, self.log_std = nn.Linear(2, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, image, action):
+        h = F.relu(self.conv2(F.relu(self.conv1(image)))).flatten(1)
+        h = torch.tanh(self.norm(self.fc(h))) + self.action(action)
+        return self.mean(h), self.log_std(h)
+
+
+def test_two_heads_count_once_a_convolution_by_channels_and_a_late_input_not_at_all():
+    torch.manual_seed(0)
+    net, image, action = TwoHeads(), torch.randn(5, 1, 4, 4), torch.randn(5, 2)
+    maps = F.relu(net.conv1(image))
+    flat = F.relu(net.conv2(maps)).flatten(1)
+    last = torch.tanh(net.norm(net.fc(flat))) + net.action(action)
+    places = torch.stack([maps[b, :, i, j] for b in range(5) for i in range(3) for j in range(3)])
+    features = hidden_features(net, (image, action))
+    assert len(features) == 3 and all(map(torch.equal, features, (places, flat, last)))
+
+
+class Experts(nn.Module):
+    """Two experts as one batched layer each, and heads of three tasks that read their mean."""
+
+    class Batched(nn.Module):
+        def __init__(self, *shape):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(shape))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = self.Batched(2, 3, 4), self.Batched(2, 4, 5), self.Batched(5, 1)
+
+    def forward(self, x):
+        return self.head(F.relu(self.second(F.relu(self.first(x.expand(2, -1, -1))))).mean(0))
+
+
+def test_units_of_experts_count_apart():
+    net, x = Experts(), torch.randn(7, 3)
+    h = [F.relu(x @ net.first.weight[expert]) for expert in range(2)]
+    last = torch.stack([F.relu(one @ weight) for one, weight in zip(h, net.second.weight, strict=True)]).mean(0)
+    features = hidden_features(net, (x,))
+    assert torch.allclose(features[0], torch.cat(h, 1)) and torch.allclose(features[1], last)
+    assert [tuple(f.shape) for f in features] == [(7, 8), (7, 5)]
 
 
 def test_hidden_features_removes_its_hooks_even_on_error():
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    hidden_features(net, torch.randn(2, 3))
-    assert not net[1]._forward_hooks
+    hidden_features(net, (torch.randn(2, 3),))
+    assert not net[2]._forward_pre_hooks
     with pytest.raises(RuntimeError):
-        hidden_features(net, torch.randn(2, 99))
-    assert not net[1]._forward_hooks
+        hidden_features(net, (torch.randn(2, 99),))
+    assert not net[2]._forward_pre_hooks
 
 
-def test_hidden_features_needs_an_activation_module():
-    with pytest.raises(ValueError, match="no activation module"):
-        hidden_features(nn.Sequential(nn.Linear(3, 4), nn.SiLU()), torch.randn(2, 3))
-    assert len(hidden_features(nn.Sequential(nn.Linear(3, 4), nn.SiLU()), torch.randn(2, 3), (nn.SiLU,))) == 1
+def test_a_network_without_a_hidden_layer_has_nothing_to_measure():
+    with pytest.raises(ValueError, match="no hidden layer ran in Linear"):
+        hidden_features(nn.Linear(3, 4), (torch.randn(2, 3),))
+
+
+def test_plasticity_is_all_metrics_of_each_network_from_one_forward_pass():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(20, 3)
+    with torch.no_grad():
+        for layer, dead in ((net[0], slice(3)), (net[2], slice(5, 6))):
+            layer.bias.fill_(99)
+            layer.bias[dead] = -9999
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    features = hidden_features(net, (x,))
+    active = [torch.arange(8) < 6, torch.arange(8) < 8]
+    report = plasticity({"actor": (net, (x,)), "critic": (net, (x,))}, {"critic": active})
+    assert len(calls) == 3
+    sigma = torch.linalg.svdvals(features[1])
+    for name, masks in (("actor", None), ("critic", active)):
+        for metric, tau in (("dormant_ratio_0", 0), ("dormant_ratio_0.025", 0.025), ("dormant_ratio_0.1", 0.1)):
+            assert report[f"plasticity/{name}/{metric}"] == dormant_ratio(features, tau, masks)
+        assert report[f"plasticity/{name}/active_fraction"] == active_fraction(features, masks)
+        assert report[f"plasticity/{name}/srank"] == srank(sigma)
+        assert report[f"plasticity/{name}/effective_rank"] == effective_rank(sigma)
+        assert report[f"plasticity/{name}/stable_rank"] == stable_rank(sigma)
+        assert report[f"plasticity/{name}/weight_norm"] == weight_norm(net)
+    assert report["plasticity/actor/dormant_ratio_0"] == 4 / 16
+    assert report["plasticity/critic/dormant_ratio_0"] == 4 / 14
+    assert len(report) == 16
 
 
 # ------------------------------------------------------------------------------------------------------ plasticity
@@ -163,7 +253,7 @@ def test_nan_is_never_a_plausible_number():
             without = torch.tensor([True, False, True])
             assert metric([h], active=[without]).isfinite()  # a unit outside the mask cannot spoil the others
         for metric in (srank, effective_rank, stable_rank):
-            assert metric(h).isnan()
+            assert metric(singular_values(h)).isnan()
         assert sensitivity(h, torch.zeros(3, 3)).isnan().any()
 
 
@@ -193,31 +283,30 @@ def test_ranks_are_the_formulas(seed, batch, units, delta):
     total, k = sum(sigma), 1
     while sum(sigma[:k]) / total < 1 - delta - 1e-9:
         k += 1
-    features = torch.from_numpy(h)
+    values = singular_values(torch.from_numpy(h))
     # With delta = 0 the last singular value must count as well, unless rounding hides it: well-conditioned cases only.
     if delta > 0 or sigma[-1] / total > 1e-6:
-        assert srank(features, delta).item() == k
+        assert srank(values, delta).item() == k
     p = sigma / total
-    assert effective_rank(features).item() == pytest.approx(
-        math.exp(-sum(q * math.log(q) for q in p if q > 0)), rel=1e-4
-    )
-    assert stable_rank(features).item() == pytest.approx((h**2).sum() / np.linalg.norm(h, 2) ** 2)
+    assert effective_rank(values).item() == pytest.approx(math.exp(-sum(q * math.log(q) for q in p if q > 0)), rel=1e-4)
+    assert stable_rank(values).item() == pytest.approx((h**2).sum() / np.linalg.norm(h, 2) ** 2)
 
 
 def test_ranks_by_hand():
-    h = torch.diag(torch.tensor([6.0, 3.0, 1.0]))  # shares 0.6, 0.3, 0.1
-    assert [srank(h, delta).item() for delta in (0.45, 0.3, 0.05, 0.01)] == [1, 2, 3, 3]
-    assert stable_rank(h).item() == pytest.approx(46 / 36)
-    assert effective_rank(torch.eye(4)).item() == pytest.approx(4)
-    assert effective_rank(torch.ones(5, 3)).item() == pytest.approx(1, abs=1e-4)
-    assert stable_rank(1e-25 * torch.eye(4)).item() == pytest.approx(4)  # its squares underflow in float32
+    sigma = singular_values(torch.diag(torch.tensor([1.0, 6.0, 3.0])))  # 6, 3, 1: shares 0.6, 0.3, 0.1
+    assert [srank(sigma, delta).item() for delta in (0.45, 0.3, 0.05, 0.01)] == [1, 2, 3, 3]
+    assert stable_rank(sigma).item() == pytest.approx(46 / 36)
+    assert effective_rank(torch.ones(4)).item() == pytest.approx(4)
+    assert effective_rank(singular_values(torch.ones(5, 3))).item() == pytest.approx(1, abs=1e-4)
+    assert stable_rank(torch.full((4,), 1e-25)).item() == pytest.approx(4)  # its squares underflow in float32
     for metric in (srank, effective_rank, stable_rank):
-        assert metric(torch.zeros(4, 3)).item() == 0
-        with pytest.raises(ValueError):
-            metric(torch.zeros(0, 3))
+        assert metric(singular_values(torch.zeros(4, 3))).item() == 0
+    for bad in (torch.zeros(0, 3), torch.zeros(3), torch.zeros(2, 3, 4)):
+        with pytest.raises(ValueError, match="non-empty"):
+            singular_values(bad)
     for delta in (-0.1, 1.0):
         with pytest.raises(ValueError, match="delta"):
-            srank(h, delta)
+            srank(sigma, delta)
 
 
 def test_weight_and_gradient_norm_are_over_all_parameters():
@@ -231,13 +320,12 @@ def test_weight_and_gradient_norm_are_over_all_parameters():
     assert not weight_norm(net).requires_grad
 
 
-def test_latest_gradient_norms_are_the_loaded_ones_only_while_there_is_no_gradient():
-    fresh, trained = nn.Linear(3, 2), nn.Linear(3, 2)
-    trained.weight.grad = torch.full((2, 3), 2.0)
-    loaded = {"fresh": torch.tensor(7.0), "trained": torch.tensor(8.0)}
-    norms = latest_grad_norms({"fresh": fresh, "trained": trained}, loaded)
-    assert norms == {"fresh": 7.0, "trained": pytest.approx(math.sqrt(24))}
-    assert latest_grad_norms({"fresh": fresh}, {})["fresh"].isnan()
+def test_gradient_norms_are_named_by_network():
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    one.weight.grad = torch.full((2, 3), 2.0)
+    norms = grad_norms(actor=one, critic=two)
+    assert norms["plasticity/actor/grad_norm"] == pytest.approx(math.sqrt(24))
+    assert norms["plasticity/critic/grad_norm"].isnan() and len(norms) == 2
 
 
 @few_examples

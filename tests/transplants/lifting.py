@@ -14,7 +14,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[2]
-ALLOWED = {"collections", "copy", "itertools", "math", "numpy", "sklearn", "torch"}  # a block may import these
+ALLOWED = {
+    "collections",
+    "copy",
+    "itertools",
+    "math",
+    "numpy",
+    "sklearn",
+    "torch",
+    "warnings",
+}  # a block may import these
 
 
 @dataclass
