@@ -51,6 +51,9 @@ BOUNDS = {  # bound -> (does the value keep it, how to say it)
 class ArgumentError(ValueError):
     """A bad argument: one line for the user, exit code 2."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # what was typed, or a library's words, may hold line ends
+
 
 class NotFiniteError(ArithmeticError):
     """A loss, weight or action that is not finite: exit code 1."""
