@@ -1,5 +1,6 @@
-"""What holds for all five scripts: the README's commands, videos where nothing can draw, resuming on another device."""
+"""What holds for all five scripts: the commands of README and pages, their shape, their vocabulary."""
 
+import ast
 import dataclasses
 import re
 import subprocess
@@ -12,54 +13,92 @@ import nbsp
 import neuroplastic_expansion
 import sparse_mtrl_gmp_set
 import ssde
-from common.recorder import ArgumentError, parse_args, refuse_contradictions
+from common import cli
+from common.cli import ArgumentError
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "tests/benchmarks/results").glob("*.md"))]
 SCRIPTS = {script.__name__: script for script in (ssde, nbsp, neuroplastic_expansion, mst_rigl, sparse_mtrl_gmp_set)}
 
 
-def readme_commands(tmp_path: Path) -> list[list[str]]:
-    """The words of every call of python in the README's code, loops and variables expanded by a shell."""
-    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+class Accepted(Exception):
+    """The arguments passed every check."""
+
+
+def commands(page: Path, tmp_path: Path) -> list[list[str]]:
+    """The words of every call of python in a page's code, loops and variables expanded by a shell."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     shell = "python() { local IFS=$'\\t'; echo \"$*\"; }\n" + "\n".join(blocks)
     run = subprocess.run(["/bin/bash", "-ec", shell], capture_output=True, text=True, cwd=tmp_path, env={"PATH": ""})
-    assert run.returncode == 0 and not run.stderr, run.stderr
+    assert run.returncode == 0 and not run.stderr, f"{page.name}: {run.stderr}"
     return [line.split("\t") for line in run.stdout.splitlines()]
 
 
-def checked(script, words: list[str]):
-    """The arguments as `main` checks them before it builds anything."""
-    presets = script.PRESETS if script is mst_rigl else {"quick": script.QUICK}
-    args = parse_args(script.Args, presets, words)
-    args = script.fill_in(args) if script is mst_rigl else args
-    script.check_args(args)
-    return args
+def accepts(script, words: list[str], monkeypatch) -> None:
+    """The command passes the checks that `main` makes before it builds anything."""
+
+    def build(*args, **kwargs):
+        raise Accepted
+
+    monkeypatch.setattr(script, "Agent", build)
+    monkeypatch.setattr(script, "env_sizes", lambda *args: (39, 4))
+    with pytest.raises(Accepted):
+        script.main(cli.parse_args(script.Args, script.PRESETS, words))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_commands_of_the_readme_are_accepted(name, tmp_path):
-    commands = [words[1:] for words in readme_commands(tmp_path) if words[0] == f"{name}.py"]
-    assert len(commands) > 10
-    for words in commands:
-        if words[0] == "--resume":  # of a run that is not here
-            assert len(words) == 2
-            continue
-        checked(SCRIPTS[name], words)
+def test_the_commands_of_readme_and_pages_are_accepted(name, tmp_path, monkeypatch):
+    found = [words[1:] for page in PAGES for words in commands(page, tmp_path) if words[0] == f"{name}.py"]
+    assert len(found) > 10
+    for words in found:
+        if {"--resume", "--evaluate", "--reference"} & set(words):  # of a run that is not here
+            known = {cli.flag(field.name) for field in dataclasses.fields(SCRIPTS[name].Args)}
+            assert {word for word in words if word.startswith("--")} <= known
+        else:
+            accepts(SCRIPTS[name], words, monkeypatch)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_video_is_refused_where_nothing_can_draw(name, monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "egl")
-    assert checked(SCRIPTS[name], ["--capture-video"]).capture_video
-    monkeypatch.setenv("MUJOCO_GL", "disable")
-    assert not checked(SCRIPTS[name], []).capture_video
-    with pytest.raises(ArgumentError, match="--capture-video True: must be off"):
-        checked(SCRIPTS[name], ["--capture-video"])
+def test_every_file_that_a_page_names_is_there():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_may_go_on_on_another_device(name):
     args = SCRIPTS[name].Args
-    refuse_contradictions(args(device="cpu"), dataclasses.asdict(args(device="cuda")))
+    cli.refuse_contradictions(args(device="cpu"), dataclasses.asdict(args(device="cuda")))
     with pytest.raises(ArgumentError, match="--seed 2: contradicts the resumed run, which has 3"):
-        refuse_contradictions(args(seed=2), dataclasses.asdict(args(seed=3)))
+        cli.refuse_contradictions(args(seed=2), dataclasses.asdict(args(seed=3)))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_argument_has_a_line_of_help_and_a_default(name):
+    helps, headings = cli.comments(SCRIPTS[name].Args)
+    assert all(helps.values()) and len(headings) >= 3
+    SCRIPTS[name].Args()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_imports_libraries_and_common_only_and_main_is_one_screen_and_a_half(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {getattr(node, "module", None) or node.names[0].name for node in imports}
+    assert not modules & set(SCRIPTS)
+    [main] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    assert main.end_lineno - main.lineno < 100
+
+
+def test_flags_of_one_name_have_one_meaning_and_old_dialects_are_gone():
+    replaced = {"task_cycle", "width", "depth", "policy_noise", "topology_end", "prune_end", "dormant_tau", "sparsify"}
+    for name, script in SCRIPTS.items():
+        fields = {field.name for field in dataclasses.fields(script.Args)}
+        assert not fields & replaced and not {field for field in fields if field.endswith("_interval")}, name
+        assert {"seed", "resume", "evaluate", "episodes", "run_dir", "device", "quick", "capture_video"} <= fields, name
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_presets_name_fields(name):
+    fields = {field.name for field in dataclasses.fields(SCRIPTS[name].Args)}
+    assert all(set(values) <= fields for values in SCRIPTS[name].PRESETS.values())
+    assert "quick" in SCRIPTS[name].PRESETS
