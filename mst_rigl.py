@@ -4,60 +4,57 @@ Paper: Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforc
 algorithm: MR.Q, Towards General-Purpose Model-Free RL, arXiv 2501.16142. Environments: dm_control and Gymnasium MuJoCo.
 
 MR.Q learns an encoder by predicting dynamics, reward and termination, and trains a deterministic actor and twin critics
-on its features. MST trains each of the three modules as suits it when networks grow: the encoder dense with residual
-blocks, the critic with RigL, which moves its few connections to where the gradient wants them, so that it keeps
-learning from moving targets, and the actor with a random sparse topology that never changes.
+on its features. MST trains each of the three modules as suits it when networks grow. The encoder is dense and has
+residual blocks. The critics have few connections, and RigL moves these to where the gradient is largest, so that the
+critics keep learning from moving targets. The actor has a random sparse topology that never changes.
 
-Read first: `Block` (the six block types), `rigl_topology` and `Topology` (who trains how), `encoder_loss` and
-`td_target` (MR.Q), then `main`.
+Read first: `Topology` and `rigl_topology` (which weights exist), `Block` (the six block types), `encoder_loss` and
+`td_target` (MR.Q), `Agent.update`, then `main`.
 
+Copy: `erdos_renyi_counts`, `rigl_fraction`, `rigl_topology` and `Topology` (75 lines;
+tests/transplants/rigl_sac.py and tests/transplants/rigl_td3.py do it).
+
+    python mst_rigl.py --quick                               # a small MST on one small task, some minutes on a CPU
     python mst_rigl.py --env-id dmc/dog-run                  # the paper's MST
     python mst_rigl.py --env-id dmc/dog-run --preset mrq     # MR.Q itself: every module dense
 
-Where we differ from MR.Q's code, and why:
+Where we differ from the authors' code of MR.Q (1 to 6) and of RigL (7, 8), and why:
 
-1. The 3-step return counts a terminal reward and nothing after it. Theirs also counts the next episode's rewards.
-2. Priorities come from the TD error that the critic trains on. Theirs come from Q(s, pi(s)), as one name is used twice.
-3. The last sub-trajectory of a truncated episode, which ends with its last observation, is sampled too.
-4. The reward scale and the 10 000 random steps count steps only. Theirs also count the slots between episodes.
-5. A step gets the largest priority when it becomes sampleable, theirs when it is stored.
-6. A terminating step predicts the features of the episode's last observation. Theirs looks that one up in a table that
+1. The 3-step return counts a terminal reward and nothing after it. Theirs leaves out the terminal reward and counts the
+   rewards after it, which belong to the next episode. Equal where nothing terminates, as in nearly all of dm_control.
+2. The last sub-trajectory of a truncated episode, which ends with its last observation, is sampled too.
+3. The reward scale and the 10 000 random steps count steps only. Theirs also count the slots between episodes.
+4. A step gets the largest priority when it becomes sampleable, in theirs when it is stored.
+5. A terminating step predicts the features of the episode's last observation. Theirs looks that one up in a table that
    was not written there, and mostly finds the first observation of the run.
-7. Rewards beyond the outermost bins are clipped, theirs stop the run; priorities start from 0, theirs uninitialised.
+6. Rewards beyond the outermost bins are clipped, theirs stop the run; priorities start from 0, theirs uninitialised.
+7. A connection that is dropped and grown again in one change starts from 0, as the paper says of grown ones. In
+   Google's code it keeps its weight.
+8. An update changes a topology and makes a gradient step. RigL's Algorithm 1 does one or the other.
 
-The paper's code is not public. We chose block types 1 to 3, Erdos-Renyi densities per module, RigL's interval (The
-State of Sparse Training in Deep RL), share and end (about RigL's own), topology change and gradient step in one update
-(RigL's Algorithm 1: one or the other), width 5 and depth 4 for the largest network. README.md says more.
+The MST paper's code is not public. We chose block types 1 to 3, Erdős-Rényi densities per module, the interval between
+changes (The State of Sparse Training in Deep RL: every 1000 updates in its SAC), their share and end (0.3 and 75 %, its
+PPO), width 5 and depth 4 for the largest network. tests/benchmarks/results/mst_rigl.md says more, and what we measured.
 """
 
 import copy
-import dataclasses
 import math
-import time
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from common import metrics
-from common.envs import can_draw, get_rng_state, make_env, record_video, set_rng_state
-from common.recorder import (
-    ArgumentError,
-    Recorder,
-    finished_results,
-    load_checkpoint,
-    random_state,
-    require,
-    run,
-    select_device,
-    set_random_state,
-    stored_args,
-)
+from common import cli, metrics
+from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
+from common.envs import env_sizes, get_rng_state, make_env, seed_of, set_rng_state
+from common.recorder import Recorder, evaluate_stored, restored
 
 # MR.Q's constants (authors' code)
 ENCODER_HORIZON, Q_HORIZON = 5, 3  # steps of the latent unroll and of the return
@@ -70,126 +67,175 @@ PRE_ACTIVATION_WEIGHT = 1e-5
 
 LOG_EVERY = 1000  # agent steps between two points of the loss curves
 METRIC_BATCH = 1000  # recent steps on which plasticity is measured, at width 1
-DORMANT_TAU = 0.1  # of the logged dormant ratio
-# Second words of numpy seed sequences: independent streams for training and evaluation episodes.
-TRAIN_EPISODES, EVAL_EPISODES = 1, 2
+TRAIN_EPISODES, EVAL_EPISODES = 1, 2  # streams of random numbers, see `seed_of`
 
+MRQ = {"encoder_type": 4, "critic_type": 4, "actor_type": 3, "critic_regime": "dense", "actor_regime": "dense"}
 PRESETS = {
-    "preset mst": {"preset": "mst"},
-    "preset mrq": {
-        "preset": "mrq",
-        "encoder_type": 4,
-        "critic_type": 4,
-        "actor_type": 3,
-        "critic_regime": "dense",
-        "actor_regime": "dense",
-    },
-    "preset mst-362m": {"preset": "mst-362m", "width_scale": 5.0, "depth_scale": 4},
+    "quick": {},
+    "preset mrq": MRQ,
+    "preset mst-362m": {"width_scale": 5.0, "depth_scale": 4},
 }
+
+BlockType = Literal[1, 2, 3, 4, 5, 6]
+Regime = Literal["dense", "static", "rigl"]
+Sparsity = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass
 class Args:
-    env_id: str = "dmc/dog-run"
-    """dmc/<domain>-<task> of dm_control, or a Gymnasium or Meta-World id with continuous actions"""
-    total_steps: int | None = None
-    """agent steps; default 500 000 in dm_control (1 M frames) and 1 M elsewhere (MR.Q)"""
-    seed: int = 1
-    """seed of everything random"""
-    preset: str = "mst"
-    """mst; mrq: all dense, MR.Q's blocks; mst-362m: width 5, depth 4. Command line only; what is typed wins"""
-    resume: str | None = None
-    """go on with the run in this folder; its arguments are used"""
-    evaluate: str | None = None
-    """evaluate the run in this folder with its arguments, print the table (unless quiet), do nothing else"""
-    episodes: int = 10
-    """episodes of --evaluate"""
-    run_dir: str | None = None
-    """folder of the run; default runs/mst_rigl__<env-id>__<seed>__<time>"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    torch_threads: int = 1
-    """CPU threads of PyTorch; one per run is the fastest use of a machine that trains several seeds"""
-    compile: bool = False
-    """compile the losses and the critics' targets with torch.compile"""
-    bf16: bool = False
-    """products of the updates in bfloat16 (autocast), where hardware has them; not bit-comparable with float32"""
-    checkpoint_every: int = 50_000
-    """agent steps between checkpoints, at the next episode's end; 0: at the start, the end and on a signal only"""
-    quiet: bool = False
-    """print nothing"""
-    track: bool = False
-    """mirror TensorBoard to Weights & Biases"""
-    wandb_project: str = "cleanplasticity"
-    """project of --track"""
-    capture_video: bool = False
-    """record the first episode of every evaluation"""
+    env_id: str = "dmc/dog-run"  # dmc/<domain>-<task>, or a Gymnasium or Meta-World id with continuous actions
+    # agent steps; default 500 000 in dm_control (1 M frames), else 1 M (MR.Q)
+    total_steps: Annotated[PositiveInt | None, tyro.conf.arg(aliases=("--total-timesteps",))] = None
+    seed: Seed = 1  # seed of everything random
+    preset: Literal["mst", "mrq", "mst-362m"] = "mst"  # mrq: all dense, MR.Q's blocks; mst-362m: width 5, depth 4
+    quick: bool = False  # a small network on a small task: minutes on a laptop
+    resume: str | None = None  # continue the run in this folder with its arguments
+    evaluate: str | None = None  # evaluate the run in this folder, print the table, exit
+    episodes: PositiveInt = 10  # episodes of --evaluate
+    run_dir: str | None = None  # folder of the run; default runs/mst_rigl__<env-id>__<seed>__<time>
+    device: Device = "auto"  # auto: cuda if there is one
+    torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
+    compile: bool = False  # torch.compile the losses and the critics' targets
+    bf16: bool = False  # products of the updates in bfloat16 (autocast); not bit-comparable with float32
+    checkpoint_every: NonNegativeInt = 50_000  # agent steps between checkpoints; 0: start, end and signals only
+    quiet: bool = False  # print nothing
+    track: bool = False  # mirror TensorBoard to Weights & Biases
+    wandb_project: str = "cleanplasticity"  # project of --track
+    capture_video: bool = False  # record the first episode of every evaluation
 
-    # Environment and evaluation
-    action_repeat: int | None = None
-    """environment steps per agent step; default 2 in dm_control and 1 elsewhere (MR.Q)"""
-    eval_every: int = 5000
-    """agent steps between evaluations, at the next episode's end; the end of the run is always evaluated"""
-    eval_episodes: int = 10
-    """deterministic episodes per evaluation"""
+    # --- Environment and evaluation ---
 
-    # MR.Q
-    buffer_size: int = 1_000_000
-    """replay capacity, transitions"""
-    batch_size: int = 256
-    """sub-trajectories per update; one update of every module per agent step"""
-    learning_starts: int = 10_000
-    """uniformly random steps before the first update"""
-    gamma: float = 0.99
-    """discount"""
-    target_update: int = 250
-    """training steps between hard copies to the targets, each followed by as many encoder updates"""
-    exploration_noise: float = 0.2
-    """standard deviation of the Gaussian noise on actions"""
-    target_noise: float = 0.2
-    """standard deviation of the noise on target actions (TD3)"""
-    noise_clip: float = 0.3
-    """largest noise on a target action"""
-    encoder_lr: float = 1e-4
-    """AdamW step size of the encoder"""
-    critic_lr: float = 3e-4
-    """AdamW step size of the critics"""
-    actor_lr: float = 3e-4
-    """AdamW step size of the actor"""
-    weight_decay: float = 1e-4
-    """AdamW weight decay of every module"""
-    max_grad_norm: float = 20.0
-    """the critics' gradient is clipped to this norm"""
+    action_repeat: PositiveInt | None = None  # environment steps per agent step; default 2 in dm_control, else 1 (MR.Q)
+    eval_every: PositiveInt = 5000  # agent steps between evaluations; the end of the run is always evaluated
+    eval_episodes: PositiveInt = 10  # deterministic episodes per evaluation
 
-    # Scale and sparse training
-    width_scale: float = 1.0
-    """factor on every hidden and latent width (paper: up to 5)"""
-    depth_scale: int = 1
-    """factor on the number of hidden blocks"""
-    encoder_type: int = 6
-    """1 ReLU, 2 ELU, 3 and 4 with LayerNorm, 5 and 6 with LayerNorm and residual (MR.Q: 4)"""
-    critic_type: int = 4
-    """block type of the critics (MR.Q: 4)"""
-    actor_type: int = 5
-    """block type of the actor (MR.Q: 3)"""
-    encoder_regime: str = "dense"
-    """dense; static: a random sparse topology, kept; rigl: a sparse topology that follows weights and gradients"""
-    critic_regime: str = "rigl"
-    """as for the encoder (MR.Q: dense)"""
-    actor_regime: str = "static"
-    """as for the encoder (MR.Q: dense)"""
-    encoder_sparsity: float = 0.6
-    """share of the encoder's linear weights that is 0, unless dense (paper: 0.6)"""
-    critic_sparsity: float = 0.6
-    """share of the critics' linear weights that is 0, unless dense (paper: 0.6)"""
-    actor_sparsity: float = 0.6
-    """share of the actor's linear weights that is 0, unless dense (paper: 0.6)"""
-    rigl_interval: int = 1000
-    """updates of a module between two changes of its topology (State of Sparse Training in Deep RL)"""
-    rigl_drop: float = 0.3
-    """share of a layer's connections that is moved at first (RigL); decays to 0 along a cosine"""
-    rigl_until: float = 0.75
-    """share of the updates after which topologies stay (RigL: 25 000 of 32 000 steps)"""
+    # --- MR.Q ---
+
+    buffer_size: Annotated[int, Gt(10)] = 1_000_000  # replay capacity, transitions
+    batch_size: PositiveInt = 256  # sub-trajectories per update; one update of critics and actor per agent step
+    learning_starts: Annotated[int, Gt(10)] = 10_000  # uniformly random steps before the first update
+    gamma: Fraction = 0.99  # discount
+    target_update_every: PositiveInt = 250  # updates between copies to the targets; then as many encoder updates
+    exploration_noise: NonNegativeFloat = 0.2  # standard deviation of the Gaussian noise on actions
+    target_noise: NonNegativeFloat = 0.2  # standard deviation of the noise on target actions (TD3)
+    noise_clip: NonNegativeFloat = 0.3  # largest noise on a target action
+    encoder_lr: PositiveFloat = 1e-4  # AdamW step size of the encoder
+    critic_lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--q-lr",))] = 3e-4  # AdamW step size of the critics
+    actor_lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--policy-lr",))] = 3e-4  # AdamW step size of the actor
+    weight_decay: NonNegativeFloat = 1e-4  # AdamW weight decay of every module
+    max_grad_norm: PositiveFloat = 20.0  # the critics' gradient is clipped to this norm
+
+    # --- Scale and sparse training (MST) ---
+
+    width_scale: PositiveFloat = 1.0  # factor on every hidden and latent width (paper: up to 5)
+    depth_scale: PositiveInt = 1  # factor on the number of hidden blocks
+    encoder_type: BlockType = 6  # 1 ReLU, 2 ELU; 3, 4 with LayerNorm; 5, 6 with LayerNorm and residual (MR.Q: 4)
+    critic_type: BlockType = 4  # block type of the critics (MR.Q: 4)
+    actor_type: BlockType = 5  # block type of the actor (MR.Q: 3)
+    encoder_regime: Regime = "dense"  # static: a random sparse topology, kept; rigl: one that follows the gradients
+    critic_regime: Regime = "rigl"  # as for the encoder (MR.Q: dense)
+    actor_regime: Regime = "static"  # as for the encoder (MR.Q: dense)
+    encoder_sparsity: Sparsity = 0.6  # share of the encoder's linear weights that is 0, unless dense (paper: 0.6)
+    critic_sparsity: Sparsity = 0.6  # share of the critics' linear weights that is 0, unless dense (paper: 0.6)
+    actor_sparsity: Sparsity = 0.6  # share of the actor's linear weights that is 0, unless dense (paper: 0.6)
+    rigl_every: PositiveInt = 1000  # updates between changes of a topology (State of Sparse Training in Deep RL)
+    rigl_drop: Fraction = 0.3  # share of a layer's connections that is moved at first (as RigL); decays along a cosine
+    rigl_until: Fraction = 0.75  # share of the updates after which topologies stay (RigL: 25 000 of 32 000 steps)
+
+
+# ----------------------------------------------------------------------------------------- the method: sparse training
+
+
+def erdos_renyi_counts(shapes: list[tuple[int, ...]], sparsity: float) -> list[int]:
+    """Connections of each layer: density proportional to sum(shape) / prod(shape), at most 1 (SET; RigL's ERK).
+
+    They sum to round((1 - sparsity) * all weights), exactly. shapes: (n_out, n_in), of a convolution with its kernel.
+    """
+    sizes, sums = [math.prod(shape) for shape in shapes], [sum(shape) for shape in shapes]
+    total = left = round((1 - sparsity) * sum(sizes))
+    free = sum(sums)
+    for size, length in sorted(zip(sizes, sums, strict=True), key=lambda layer: layer[0] / layer[1]):
+        scale = left / free
+        if scale * length < size:
+            break
+        left, free = left - size, free - length  # this layer is dense
+    shares = [min(size, scale * length) for size, length in zip(sizes, sums, strict=True)]
+    counts = [int(share) for share in shares]
+    for i in sorted(range(len(shapes)), key=lambda i: counts[i] - shares[i])[: total - sum(counts)]:
+        counts[i] += 1  # what rounding down left over goes to the largest remainders
+    return counts
+
+
+def rigl_fraction(update: int, until: float, drop: float) -> float:
+    """Share of a layer's connections to move at `update`: drop / 2 (1 + cos(pi update / until)) (RigL, Eq. 1)."""
+    return drop / 2 * (1 + math.cos(math.pi * update / until))
+
+
+def rigl_topology(weight: Tensor, gradient: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Masks of what is kept and of what is grown when `count` connections of a layer move (RigL, Algorithm 1).
+
+    Drops the active weights with the smallest |w|, then grows those with the largest |gradient| among all that were
+    not kept: a weight that was just dropped may come back. All tensors have the weight's shape; `mask` is boolean.
+    """
+    dropped = weight.abs().masked_fill(~mask, math.inf).flatten().topk(count, largest=False).indices
+    kept = mask.flatten().index_fill(0, dropped, False)
+    chosen = gradient.abs().flatten().masked_fill(kept, -1).topk(count).indices
+    grown = torch.zeros_like(kept).index_fill(0, chosen, True)
+    return kept.view_as(mask), grown.view_as(mask)
+
+
+class Topology:
+    """Which weights of `layers` exist: all (dense), a random share (static), a share that moves (rigl).
+
+    A weight that does not exist is 0, its gradient and moments too: Adam, AdamW and a target's averaging keep it so.
+    Biases are dense. masks: {place in `layers`: boolean, the weight's shape}, without the layers that stay dense.
+
+    layers: linear or convolutional, anything with a `weight`; targets: the same layers of their target networks.
+    until, every: no moves from this update on, and so many updates between two; drop: share that moves at first.
+    """
+
+    STATE = ("masks", "initial", "updates", "changed")
+
+    def __init__(self, layers, optimizer, regime, sparsity, until, every=1000, drop=0.3, targets=()):
+        self.optimizer, self.regime, self.until, self.every, self.drop = optimizer, regime, until, every, drop
+        self.weights = [layer.weight for layer in layers]
+        self.targets = [layer.weight for layer in targets] or self.weights
+        self.masks, self.updates, self.changed = {}, 0, 0.0
+        counts = erdos_renyi_counts([tuple(w.shape) for w in self.weights], 0.0 if regime == "dense" else sparsity)
+        for i, (weight, target, count) in enumerate(zip(self.weights, self.targets, counts, strict=True)):
+            if count < weight.numel():
+                self.masks[i] = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+                self.masks[i].view(-1)[torch.randperm(weight.numel())[:count]] = True
+                weight.data.mul_(self.masks[i])
+                target.data.mul_(self.masks[i])
+        self.initial = {i: mask.clone() for i, mask in self.masks.items()}
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Between `backward` and the clip of the gradient's norm: RigL reads the dense gradient, then it is masked."""
+        self.updates += 1
+        if self.regime == "rigl" and self.updates % self.every == 0 and self.updates < self.until:
+            self._move_connections(rigl_fraction(self.updates, self.until, self.drop))
+        for i, mask in self.masks.items():
+            self.weights[i].grad.mul_(mask)
+
+    def _move_connections(self, fraction: float) -> None:
+        """Drop and grow that share of each layer's connections; grown ones start from 0 with zero moments."""
+        before = {i: mask.clone() for i, mask in self.masks.items()}
+        for i, mask in self.masks.items():
+            weight = self.weights[i]
+            kept, grown = rigl_topology(weight, weight.grad, mask, int(fraction * int(mask.sum())))
+            state = self.optimizer.state.get(weight, {}).values()  # empty before the first step
+            for tensor in (weight, *(value for value in state if getattr(value, "shape", 0) == weight.shape)):
+                tensor.mul_(kept)
+            self.targets[i].mul_(mask.copy_(kept | grown))
+        self.changed = 1 - self.overlap(before)
+
+    def overlap(self, earlier: dict[int, Tensor] | None = None) -> float:
+        """Share of today's connections that the masks `earlier`, else the first ones, had; 1 if no layer has a mask."""
+        shared = sum(int((mask & (earlier or self.initial)[i]).sum()) for i, mask in self.masks.items())
+        total = sum(int(mask.sum()) for mask in self.masks.values())
+        return shared / total if total else 1.0
 
 
 # --------------------------------------------------------------------------------------------------------- networks
@@ -220,12 +266,16 @@ def hidden_blocks(inputs: int, width: int, blocks: int, block_type: int) -> list
     return [Block(inputs if i == 0 else width, width, block_type) for i in range(blocks)]
 
 
+def linear_layers(module: nn.Module) -> list[nn.Linear]:
+    """All linear layers of a network, in the order in which it was built."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
 def init_weights(module: nn.Module) -> None:
     """Xavier-uniform weights with ReLU gain and zero biases (MR.Q)."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight, nn.init.calculate_gain("relu"))
-            nn.init.zeros_(layer.bias)
+    for layer in linear_layers(module):
+        nn.init.xavier_uniform_(layer.weight, nn.init.calculate_gain("relu"))
+        nn.init.zeros_(layer.bias)
 
 
 class Encoder(nn.Module):
@@ -236,9 +286,8 @@ class Encoder(nn.Module):
         zs_hidden = hidden_blocks(obs_dim, width, depth * ZS_BLOCKS - 1, block_type)
         self.zs = nn.Sequential(*zs_hidden, Block(width, zs, block_type=4))  # z_s is normalised, whatever the type
         self.za = nn.Sequential(nn.Linear(act_dim, za), nn.ELU())
-        self.zsa_mlp = nn.Sequential(
-            *hidden_blocks(zs + za, width, depth * ZSA_BLOCKS, block_type), nn.Linear(width, zsa)
-        )
+        zsa_hidden = hidden_blocks(zs + za, width, depth * ZSA_BLOCKS, block_type)
+        self.zsa_mlp = nn.Sequential(*zsa_hidden, nn.Linear(width, zsa))
         self.model = nn.Linear(zsa, 1 + zs + REWARD_BINS)
         self.sizes = (1, zs, REWARD_BINS)
         # where the rewards' two-hot bins stand: symexp(x) = sign(x) (exp|x| - 1)
@@ -303,119 +352,6 @@ def build_networks(args: Args, obs_dim: int, act_dim: int) -> dict[str, nn.Modul
     }
 
 
-# ----------------------------------------------------------------------------------------- the method: sparse training
-
-
-def erdos_renyi_counts(shapes: list[tuple[int, int]], sparsity: float) -> list[int]:
-    """Active weights of each layer: density proportional to (n_in + n_out) / (n_in n_out), at most 1 (SET, RigL).
-
-    The counts sum to round((1 - sparsity) * all weights), exactly. shapes: (n_out, n_in) of each linear layer.
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    left = round((1 - sparsity) * sum(sizes))  # connections still to be given out
-    dense: set[int] = set()  # layers whose share would exceed their size
-    while True:
-        sparse = [i for i in range(len(shapes)) if i not in dense]
-        scale = left / max(1, sum(sum(shapes[i]) for i in sparse))
-        full = [i for i in sparse if scale * sum(shapes[i]) >= sizes[i]]
-        if not full:
-            break
-        dense.update(full)
-        left -= sum(sizes[i] for i in full)
-    counts = [sizes[i] if i in dense else int(scale * sum(shapes[i])) for i in range(len(shapes))]
-    # what rounding down left over goes to the largest remainders
-    by_remainder = sorted(sparse, key=lambda i: counts[i] - scale * sum(shapes[i]))
-    for i in by_remainder[: left - sum(counts[i] for i in sparse)]:
-        counts[i] += 1
-    return counts
-
-
-def rigl_fraction(update: int, last_update: int, alpha: float) -> float:
-    """Share of a layer's connections to move at `update`: alpha / 2 (1 + cos(pi t / T_end)) (RigL, Eq. 1)."""
-    return alpha / 2 * (1 + math.cos(math.pi * update / last_update))
-
-
-def rigl_topology(weight: Tensor, gradient: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Move `count` connections of a layer (RigL, Algorithm 1, drop and grow). All tensors (n_out, n_in), mask boolean.
-
-    Drops the active weights with the smallest |w|, then grows those with the largest |gradient| among all that were
-    not kept: a weight that was just dropped may come back. Returns the masks of what is kept and of what is grown.
-    """
-    dropped = weight.abs().masked_fill(~mask, math.inf).flatten().topk(count, largest=False).indices
-    kept = mask.flatten().index_fill(0, dropped, False)
-    chosen = gradient.abs().flatten().masked_fill(kept, -1).topk(count).indices
-    grown = torch.zeros_like(kept).index_fill(0, chosen, True)
-    return kept.view_as(mask), grown.view_as(mask)
-
-
-class Topology:
-    """Which linear weights of a module exist: all (dense), a random share (static), a share that moves (rigl).
-
-    Biases are always dense, and so is a layer that Erdős-Rényi gives all its weights. An inactive weight is 0 with a
-    zero gradient and zero moments. AdamW keeps all of that 0, decay included, so no mask is applied after a step.
-
-    masks, initial: {weight's name: boolean (n_out, n_in)}, empty for a dense module.
-    """
-
-    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, regime: str, sparsity: float):
-        self.regime, self.optimizer = regime, optimizer
-        self.weights: dict[str, nn.Parameter] = {}
-        self.masks: dict[str, Tensor] = {}
-        self.updates, self.changed = 0, 0.0
-        if regime != "dense":
-            linear = {f"{n}.weight": m.weight for n, m in module.named_modules() if isinstance(m, nn.Linear)}
-            counts = erdos_renyi_counts([tuple(weight.shape) for weight in linear.values()], sparsity)
-            for (name, weight), count in zip(linear.items(), counts, strict=True):
-                if count < weight.numel():
-                    mask = torch.zeros(weight.numel(), dtype=torch.bool)
-                    mask[torch.randperm(weight.numel())[:count]] = True
-                    self.weights[name], self.masks[name] = weight, mask.view_as(weight).to(weight.device)
-                    weight.data.mul_(self.masks[name])
-        self.initial = {name: mask.clone() for name, mask in self.masks.items()}
-
-    def before_step(self, interval: int, last_update: int, drop: float) -> None:
-        """Between `backward` and the optimizer's step: let RigL read the dense gradients, then mask them.
-
-        Every `interval` updates before `last_update` the topology of a `rigl` module changes; `drop` is the share of a
-        layer's connections that would move at update 0 (see `rigl_fraction`).
-        """
-        self.updates += 1
-        if self.regime == "rigl" and self.updates % interval == 0 and self.updates < last_update:
-            self._move_connections(rigl_fraction(self.updates, last_update, drop))
-        for name, weight in self.weights.items():
-            weight.grad.mul_(self.masks[name])
-
-    @torch.no_grad()
-    def _move_connections(self, fraction: float) -> None:
-        """Drop and grow that share of each layer's connections; grown ones start from 0 with zero moments."""
-        new, total = 0, 0
-        for name, weight in self.weights.items():
-            mask = self.masks[name]
-            active = int(mask.sum())
-            kept, grown = rigl_topology(weight, weight.grad, mask, int(fraction * active))
-            state = self.optimizer.state.get(weight, {})  # empty before the first step
-            for tensor in (weight, *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state)):
-                tensor.mul_(kept)
-            self.masks[name] = kept | grown
-            new, total = new + int((grown & ~mask).sum()), total + active
-        self.changed = new / max(1, total)
-
-    def overlap(self) -> float:
-        """Share of today's connections that the first topology had, in the layers that have a mask; 1 if none has."""
-        shared = sum(int((mask & self.initial[name]).sum()) for name, mask in self.masks.items())
-        total = sum(int(mask.sum()) for mask in self.masks.values())
-        return shared / total if total else 1.0
-
-    def state_dict(self) -> dict:
-        return {name: getattr(self, name) for name in ("masks", "initial", "updates", "changed")}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.updates, self.changed = state["updates"], state["changed"]
-        for name, weight in self.weights.items():
-            self.masks[name] = state["masks"][name].to(weight.device)
-            self.initial[name] = state["initial"][name].to(weight.device)
-
-
 # ------------------------------------------------------------------------------------------------------------- MR.Q
 
 
@@ -427,16 +363,12 @@ class ReplayBuffer:
     sampled, one that a termination cuts is, as the losses mask what follows.
     """
 
+    COUNTERS = ("head", "size", "episode_steps", "terminates", "max_priority")
+
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        new = partial(torch.zeros, device=device)  # on a CPU, zeros take no memory before they are written
-        self.data = {
-            "obs": new(capacity, obs_dim),
-            "action": new(capacity, act_dim),
-            "reward": new(capacity),
-            "not_done": new(capacity),
-            "is_step": new(capacity, dtype=torch.bool),
-            "priority": new(capacity),
-        }
+        sizes = {"obs": (obs_dim,), "action": (act_dim,), "reward": (), "not_done": (), "is_step": (), "priority": ()}
+        # on a CPU, zeros take no memory before they are written
+        self.data = {name: torch.zeros(capacity, *size, device=device) for name, size in sizes.items()}
         self.capacity, self.head, self.size = capacity, 0, 0
         self.episode_steps = 0
         self.terminates = False  # whether any step ever terminated
@@ -448,12 +380,12 @@ class ReplayBuffer:
         self.data["action"][row] = torch.from_numpy(action)
         self.data["reward"][row] = reward
         self.data["not_done"][row] = 1.0 - terminated
-        self.data["is_step"][row] = True
+        self.data["is_step"][row] = 1.0
         self.episode_steps += 1
         self.terminates |= bool(terminated)  # a numpy flag would make the checkpoint unreadable
         if terminated or truncated:
             last = self._append(next_obs)
-            self.data["is_step"][last] = False
+            self.data["is_step"][last] = 0.0
             if terminated:
                 rows = last - 1 - torch.arange(min(self.episode_steps, ENCODER_HORIZON))
                 self.data["priority"][rows % self.capacity] = self.max_priority
@@ -512,10 +444,8 @@ class ReplayBuffer:
     def recent(self, count: int) -> dict[str, Tensor]:
         """Observations and actions of the steps in the last `count` rows, or all there are."""
         rows = (self.head - 1 - torch.arange(min(count, self.size), device=self.max_priority.device)) % self.capacity
-        rows = rows[self.data["is_step"][rows]]
+        rows = rows[self.data["is_step"][rows] > 0]
         return {"obs": self.data["obs"][rows], "action": self.data["action"][rows]}
-
-    COUNTERS = ("head", "size", "episode_steps", "terminates", "max_priority")
 
     def state_dict(self) -> dict:
         full = self.size == self.capacity  # a slice would save its whole storage: clone what is filled
@@ -613,10 +543,11 @@ def actor_loss(actor: Actor, encoder: Encoder, critic: Critic, zs: Tensor) -> Te
 
 
 @torch.no_grad()
-def act(networks: dict[str, nn.Module], device: torch.device, obs: np.ndarray, noise: float = 0.0) -> np.ndarray:
-    """One observation (obs_dim,) -> one action (act_dim,) in [-1, 1], with Gaussian noise if `noise` is not 0."""
-    zs = networks["encoder"].zs(torch.from_numpy(obs).to(device)[None])
-    action = torch.tanh(networks["actor"](zs))[0]
+def act(encoder: Encoder, actor: Actor, obs: np.ndarray, noise: float = 0.0) -> np.ndarray:
+    """One observation (obs_dim,) -> one action (act_dim,) in [-1, 1]. noise: standard deviation of what is added."""
+    device = actor[-1].weight.device
+    zs = encoder.zs(torch.as_tensor(obs, dtype=torch.float32, device=device)[None])
+    action = torch.tanh(actor(zs))[0]
     if noise:
         action = (action + noise * torch.randn_like(action)).clamp(-1, 1)
     return action.cpu().numpy()
@@ -625,49 +556,41 @@ def act(networks: dict[str, nn.Module], device: torch.device, obs: np.ndarray, n
 class Agent:
     """MR.Q with a topology for each of its modules."""
 
+    STATE = ("networks", "targets", "optimizers", "topologies", "replay", "updates", "scales", "losses", "grad_norms")
+
     def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
-        self.args, self.act_dim, self.device = args, act_dim, device
+        self.args, self.device = args, device
         self.networks = {name: module.to(device) for name, module in build_networks(args, obs_dim, act_dim).items()}
         self.optimizers, self.topologies = {}, {}
+        schedule = {"until": int(args.rigl_until * (args.total_steps - args.learning_starts))}
+        schedule |= {"every": args.rigl_every, "drop": args.rigl_drop}
         for name, module in self.networks.items():
             rates = {"lr": getattr(args, f"{name}_lr"), "weight_decay": args.weight_decay}
-            self.optimizers[name] = torch.optim.AdamW(module.parameters(), **rates, fused=True)
+            optimizer = self.optimizers[name] = torch.optim.AdamW(module.parameters(), **rates, fused=True)
             regime, sparsity = getattr(args, f"{name}_regime"), getattr(args, f"{name}_sparsity")
-            self.topologies[name] = Topology(module, self.optimizers[name], regime, sparsity)
-        self.targets = copy.deepcopy(self.networks)
-        for target in self.targets.values():
-            target.requires_grad_(False)
+            self.topologies[name] = Topology(linear_layers(module), optimizer, regime, sparsity, **schedule)
+        self.targets = {name: copy.deepcopy(module).requires_grad_(False) for name, module in self.networks.items()}
         self.replay = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
         self.updates = 0
-        self.last_topology_update = int(args.rigl_until * (args.total_steps - args.learning_starts))
         self.scales = (torch.ones((), device=device), torch.zeros((), device=device))  # mean |r| now, of the targets
         self.losses: dict[str, Tensor] = {}
-        self.grad_norms: dict[str, Tensor] = {}  # of encoder and critic, masked and not yet clipped
+        self.grad_norms: dict[str, Tensor] = {}  # of each module, masked and not yet clipped
         functions = (encoder_loss, critic_loss, actor_loss, td_target)
         compiled = map(torch.compile, functions) if args.compile else functions
         self.encoder_loss, self.critic_loss, self.actor_loss, self.td_target = compiled
 
-    # ------------------------------------------------------------------------------------------------------ acting
-
-    def act(self, obs: np.ndarray, explore: bool = False) -> np.ndarray:
-        """One observation (obs_dim,) -> one action (act_dim,) in [-1, 1]."""
-        return act(self.networks, self.device, obs, self.args.exploration_noise if explore else 0.0)
-
-    def random_action(self) -> np.ndarray:
-        """Uniform in [-1, 1], from PyTorch's generator, which is in the checkpoint."""
-        return (2 * torch.rand(self.act_dim) - 1).numpy()
-
-    # ---------------------------------------------------------------------------------------------------- training
+    def act(self, obs: np.ndarray, noise: float = 0.0) -> np.ndarray:
+        """One observation (obs_dim,) -> one action (act_dim,), see the function `act`."""
+        return act(self.networks["encoder"], self.networks["actor"], obs, noise)
 
     def update(self) -> None:
         """One training step of MR.Q; its losses are in `self.losses`. Only a topology change waits for the device."""
         args = self.args
-        if self.updates % args.target_update == 0:
+        if self.updates % args.target_update_every == 0:
             self.copy_targets()
             # priorities do not change in between, so all of these batches are drawn at once
-            for rows in self.replay.sample_rows(args.target_update * args.batch_size).split(args.batch_size):
+            for rows in self.replay.sample_rows(args.target_update_every * args.batch_size).split(args.batch_size):
                 self.update_encoder(rows)
-            self.grad_norms["encoder"] = metrics.grad_norm(self.networks["encoder"])
         self.updates += 1
         self.update_critic_and_actor(self.replay.sample_rows(args.batch_size))
 
@@ -680,10 +603,10 @@ class Agent:
     def update_encoder(self, rows: Tensor) -> None:
         """One step of the encoder on the sub-trajectories from `rows` (batch,)."""
         batch = self.replay.sub_trajectories(rows)
-        with self._autocast():
+        with self.autocast():
             encoders = self.networks["encoder"], self.targets["encoder"]
             loss, dynamics, reward, done = self.encoder_loss(*encoders, batch, self.replay.terminates)
-        self._step("encoder", loss)
+        self.step("encoder", loss)
         self.losses |= {"encoder": loss.detach(), "dynamics": dynamics, "reward": reward, "done": done}
 
     def update_critic_and_actor(self, rows: Tensor) -> None:
@@ -691,64 +614,45 @@ class Agent:
         args = self.args
         encoder, critic, actor = self.networks.values()
         batch = self.replay.transitions(rows)
-        with self._autocast(), torch.no_grad():
+        with self.autocast(), torch.no_grad():
             noise = args.target_noise, args.noise_clip
             target = self.td_target(self.targets, batch, args.gamma, *noise, *self.scales)
             zs = encoder.zs(batch["obs"])
             zsa = encoder.zsa(zs, batch["action"])
-        with self._autocast():
+        with self.autocast():
             loss, q_mean, td_error = self.critic_loss(critic, zsa, target)
-        self._step("critic", loss, args.max_grad_norm)
+        self.step("critic", loss, args.max_grad_norm)
         self.replay.update_priority(rows, td_error.clamp_min(MIN_PRIORITY).pow(PRIORITY_EXPONENT))
-        with self._autocast():
+        with self.autocast():
             policy_loss = self.actor_loss(actor, encoder, critic, zs)
-        self._step("actor", policy_loss)
+        self.step("actor", policy_loss)
         self.losses |= {"critic": loss.detach(), "q": q_mean, "actor": policy_loss.detach()}
 
-    def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
-
-    def _step(self, name: str, loss: Tensor, max_grad_norm: float = math.inf) -> None:
+    def step(self, name: str, loss: Tensor, max_grad_norm: float = math.inf) -> None:
         """Gradients of one module only, then its topology, then the norm's clip, then AdamW."""
-        args, optimizer = self.args, self.optimizers[name]
+        optimizer = self.optimizers[name]
         parameters = optimizer.param_groups[0]["params"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=parameters)
-        self.topologies[name].before_step(args.rigl_interval, self.last_topology_update, args.rigl_drop)
-        if max_grad_norm < math.inf:
-            self.grad_norms[name] = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        self.topologies[name].before_step()
+        self.grad_norms[name] = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
+
+    def autocast(self) -> torch.autocast:
+        """--bf16: matrix products in bfloat16."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     # ----------------------------------------------------------------------------------------------------- metrics
 
     @torch.no_grad()
     def plasticity(self) -> dict[str, Tensor]:
-        """Plasticity metrics of every module on recent steps, by TensorBoard name."""
-        encoder = self.networks["encoder"]
+        """Plasticity metrics of every module on recent steps."""
+        encoder, critic, actor = self.networks.values()
         # the rank of features is at most the number of rows: more of them for wider layers
         batch = self.replay.recent(round(METRIC_BATCH * max(1, self.args.width_scale)))
         obs, action = batch["obs"], batch["action"]
-        inputs = {"encoder": (obs, action), "critic": encoder(obs, action), "actor": encoder.zs(obs)}
-        scalars = {}
-        for name, module in self.networks.items():
-            last = metrics.hidden_features(module, inputs[name], (Block,))[-1]  # with what a residual adds
-            units = metrics.hidden_features(module, inputs[name])
-            values = {
-                "dormant_ratio": metrics.dormant_ratio(units, DORMANT_TAU),
-                "active_fraction": metrics.active_fraction(units),
-                "srank": metrics.srank(last),
-                "stable_rank": metrics.stable_rank(last),
-                "effective_rank": metrics.effective_rank(last),
-                "weight_norm": metrics.weight_norm(module),
-            }
-            scalars |= {f"plasticity/{name}/{metric}": value for metric, value in values.items()}
-            del units  # of a wide network it is the largest thing in memory
-        return scalars
-
-    def gradient_scalars(self) -> dict[str, Tensor]:
-        """Norms of the latest gradients, masked and not yet clipped, by TensorBoard name."""
-        norms = self.grad_norms | {"actor": metrics.grad_norm(self.networks["actor"])}
-        return {f"plasticity/{name}/grad_norm": norm for name, norm in norms.items()}
+        networks = {"encoder": (encoder, (obs, action)), "critic": (critic.twins[0], (encoder(obs, action),))}
+        return metrics.plasticity(networks | {"actor": (actor, (encoder.zs(obs),))})
 
     def sparsity(self) -> dict[str, float]:
         """For each module that is not dense: its density, what its last change moved, what is left of the start."""
@@ -769,219 +673,108 @@ class Agent:
             counts[f"{name}_active"] = counts[name] - sum(int((~mask).sum()) for mask in masks)
         return counts
 
-    # ------------------------------------------------------------------------------------------------- checkpoints
-
-    STATEFUL = ("networks", "targets", "optimizers", "topologies")
-
-    def named_weights(self) -> list[tuple[str, Tensor]]:
-        """Everything that is learned, by name."""
-        return [(f"{net}.{name}", p) for net, module in self.networks.items() for name, p in module.named_parameters()]
-
-    def state_dict(self) -> dict:
-        state = {group: {n: part.state_dict() for n, part in getattr(self, group).items()} for group in self.STATEFUL}
-        state |= {"replay": self.replay.state_dict(), "updates": self.updates}
-        return state | {"scales": list(self.scales), "losses": self.losses, "grad_norms": self.grad_norms}
-
-    def load_state_dict(self, state: dict) -> None:
-        for group in self.STATEFUL:
-            for name, part in getattr(self, group).items():
-                part.load_state_dict(state[group][name])
-        self.replay.load_state_dict(state["replay"])
-        self.updates, self.losses, self.grad_norms = (state[name] for name in ("updates", "losses", "grad_norms"))
-        self.scales = tuple(scale.to(self.device) for scale in state["scales"])
-
 
 # ------------------------------------------------------------------------------------------------------ the run
 
 
-def check_args(args: Args) -> None:
-    """Refuse impossible arguments before anything is built. Raises ArgumentError: argument, value, what is allowed."""
-    regimes, types = ("dense", "static", "rigl"), tuple(range(1, 7))
-    choices = {"device": ("auto", "cpu", "cuda"), "preset": tuple(name.split()[1] for name in PRESETS)}
-    for module in ("encoder", "critic", "actor"):
-        choices |= {f"{module}_type": types, f"{module}_regime": regimes}
-        sparsity = f"{module}_sparsity"
-        require(args, sparsity, 0 <= getattr(args, sparsity) < 1, "at least 0 and below 1")
-    for name, values in choices.items():
-        require(args, name, getattr(args, name) in values, "one of " + ", ".join(map(str, values)))
-    for name in ("total_steps", "eval_every", "eval_episodes", "episodes", "batch_size", "target_update"):
-        require(args, name, getattr(args, name) >= 1, "at least 1")
-    for name in ("action_repeat", "depth_scale", "rigl_interval", "torch_threads"):
-        require(args, name, getattr(args, name) >= 1, "at least 1")
-    for name in ("buffer_size", "learning_starts"):
-        require(args, name, getattr(args, name) > 2 * ENCODER_HORIZON, f"above {2 * ENCODER_HORIZON}")
-    require(args, "checkpoint_every", args.checkpoint_every >= 0, "at least 0")
-    require(args, "seed", 0 <= args.seed < 2**32, "at least 0 and below 2**32")
-    require(args, "capture_video", can_draw() or not args.capture_video, "off: no EGL library is here to draw with")
-    for name in ("encoder_lr", "critic_lr", "actor_lr", "max_grad_norm", "width_scale"):
-        require(args, name, 0 < getattr(args, name) < math.inf, "a positive number")
-    for name in ("exploration_noise", "target_noise", "noise_clip", "weight_decay"):
-        require(args, name, 0 <= getattr(args, name) < math.inf, "a number of at least 0")
-    for name in ("gamma", "rigl_drop", "rigl_until"):
-        require(args, name, 0 <= getattr(args, name) <= 1, "between 0 and 1")
-    below = f"below --total-steps {args.total_steps}"
-    require(args, "learning_starts", args.learning_starts < args.total_steps, below)
+def load_policy(run_dir: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The policy of a stored run: an observation (obs_dim,) of any float type -> an action (act_dim,) in [-1, 1]."""
+    args, checkpoint = cli.load_run(run_dir, Args, "mst_rigl")
+    weights = checkpoint["agent"]["networks"]
+    obs_dim, act_dim = (weights["encoder"][f"{layer}.weight"].shape[1] for layer in ("zs.0.linear", "za.0"))
+    with torch.device("meta"):  # takes no memory: encoder and actor get their weights from the file, critics none
+        networks = build_networks(args, obs_dim, act_dim)
+    for name in ("encoder", "actor"):
+        networks[name].load_state_dict(weights[name], assign=True)
+    return partial(act, networks["encoder"], networks["actor"])
 
 
-def fill_in(args: Args) -> Args:
-    """Put the environment's defaults where the user gave none: what is stored is what was run."""
-    dm_control = args.env_id.startswith("dmc/")
-    total_steps = args.total_steps if args.total_steps is not None else (500_000 if dm_control else 1_000_000)
-    action_repeat = args.action_repeat if args.action_repeat is not None else (2 if dm_control else 1)
-    return dataclasses.replace(args, total_steps=total_steps, action_repeat=action_repeat)
-
-
-def build_env(args: Args, stream: int, video: Path | None = None):
-    """The environment for training or evaluation, seeded apart. Raises ArgumentError for one that there is not."""
-    seed = int(np.random.SeedSequence((args.seed, stream)).generate_state(1)[0])
-    render_mode = "rgb_array" if video else None
-    try:
-        env = make_env(args.env_id, seed=seed, action_repeat=args.action_repeat, render_mode=render_mode)
-    except ValueError as error:
-        raise ArgumentError(f"--env-id {args.env_id}: {error}") from None
-    return record_video(env, video) if video else env
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; a CPU that does not is many times slower than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
-
-
-def evaluate_run(args: Args) -> dict:
-    """`--evaluate RUN_DIR`: evaluate the policy of a run's latest checkpoint, print the table, return the result."""
-    stored = Args(**stored_args(args.evaluate, Args))
-    device = select_device(args.device)
-    weights = load_checkpoint(args.evaluate, "mst_rigl")["agent"]["networks"]
-    video = Path(args.evaluate) / "videos" / "evaluate" if args.capture_video else None
-    with closing(build_env(stored, EVAL_EPISODES, video)) as env:
-        networks = build_networks(stored, env.observation_space.shape[0], env.action_space.shape[0])
-        for name, module in networks.items():
-            module.to(device).load_state_dict(weights[name])
-        policy = partial(act, networks, device)
-        result = metrics.evaluate(policy, env, args.episodes, (stored.seed, EVAL_EPISODES))
-    if not args.quiet:
-        print(f"{'task':<34}{'return':>12}{'length':>10}")
-        print(f"{stored.env_id:<34}{result['episode_return']:>12.1f}{result['length']:>10.1f}")
-    return result
+def warnings(agent: Agent) -> list[str]:
+    """What will never happen, or be slow, with the arguments of a run."""
+    args, device, lines = agent.args, agent.device.type, []
+    for name, topology in agent.topologies.items():
+        if topology.regime == "rigl" and topology.every >= topology.until:
+            never = f"the {name}'s topology never changes: --rigl-every {topology.every}"
+            lines.append(f"warning: {never} is not below {topology.until}, its last update")
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    if args.bf16 and not has_bf16:
+        has_none = f"this {device} device has no bfloat16 products (a CPU needs AVX-512 BF16 or AMX)"
+        lines.append(f"warning: --bf16: {has_none}: expect a slow run")
+    return lines
 
 
 def main(args: Args) -> dict:
-    """Train on one task; returns what results.json holds, or with --evaluate what `metrics.evaluate` returns.
-
-    Raises ArgumentError, NotFiniteError, Interrupted.
-    """
-    args = fill_in(args)
-    check_args(args)
-    torch.set_num_threads(args.torch_threads)
-    torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
+    """Train on one task; returns what results.json holds, or with --evaluate what `metrics.evaluate` returns."""
+    args, checkpoint, device = cli.prepare(args, "mst_rigl", PRESETS)
+    steps, repeat = (500_000, 2) if args.env_id.startswith("dmc/") else (1_000_000, 1)  # stored is what was run
+    args = replace(args, total_steps=args.total_steps or steps, action_repeat=args.action_repeat or repeat)
+    make_task, tasks = partial(make_env, action_repeat=args.action_repeat), [args.env_id]
     if args.evaluate:
-        return evaluate_run(args)
-    if args.resume:
-        finished = finished_results(args)
-        if finished is not None:
-            return finished
-    checkpoint = load_checkpoint(args.resume, "mst_rigl") if args.resume else None
-    device = select_device(args.device)
+        policy = load_policy(args.evaluate)
+        return evaluate_stored(args, tasks, [0], lambda _: policy, make_task, EVAL_EPISODES)[0]
+    below = f"below --total-steps {args.total_steps}"
+    require(args, "learning_starts", args.learning_starts < args.total_steps, below)
 
-    torch.manual_seed(args.seed)
-    env = build_env(args, TRAIN_EPISODES)
-    agent = Agent(args, env.observation_space.shape[0], env.action_space.shape[0], device)
-    run_name = f"mst_rigl__{args.env_id.replace('/', '-')}__{args.seed}"
-    recorder = Recorder(args, "mst_rigl", run_name, [args.env_id], args.total_steps, checkpoint)
-    at = {"step": 0, "next_eval": min(args.eval_every, args.total_steps), "env": get_rng_state(env)}
+    obs_dim, act_dim = env_sizes(args.env_id)
+    agent, at = Agent(args, obs_dim, act_dim, device), {"step": 0, "env": None}
     if checkpoint:
-        agent.load_state_dict(checkpoint.pop("agent"))  # pop: the buffer's second copy is not kept
-        at |= checkpoint["at"]
-        set_random_state(checkpoint["random"], device)
+        restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
+        at = checkpoint["at"]
+    phases = [(args.total_steps, args.learning_starts)]
+    recorder = Recorder(args, "mst_rigl", args.env_id, tasks, phases, checkpoint)
+    recorder.begin(agent, at, checkpoint, agent.parameter_counts())
+    for line in warnings(agent):
+        recorder.say(line)
+    env, step = make_task(args.env_id, seed=seed_of(args.seed, TRAIN_EPISODES)), at["step"]
+    if at["env"]:
         set_rng_state(env, at["env"])
 
-    def save() -> None:
-        """Checkpoint; only at an episode's end, where an environment's future is its random state."""
-        recorder.require_finite_weights(agent.named_weights(), at["step"])
-        recorder.save(at["step"], {"agent": agent.state_dict(), "random": random_state(device), "at": at})
-
-    def evaluate() -> bool:
-        """Evaluate the policy; False if a signal came in between: then nothing is recorded."""
-        recorder.require_finite_weights(agent.named_weights(), at["step"])
-        video = recorder.run_dir / "videos" / f"step-{at['step']}" if args.capture_video else None
-        with closing(build_env(args, EVAL_EPISODES, video)) as eval_env:
-            seed = (args.seed, EVAL_EPISODES)
-            result = metrics.evaluate(agent.act, eval_env, args.eval_episodes, seed, lambda: recorder.stopped)
-        if result is None:
-            return False
-        recorder.evaluation(at["step"], 0, 0, args.eval_episodes, result)
-        recorder.log(at["step"], agent.plasticity() | agent.sparsity())
-        recorder.say(f"step {at['step']}: return {result['episode_return']:.1f}")
-        return True
-
-    counts = agent.parameter_counts()
-    for name in agent.networks:
-        regime, block_type = getattr(args, f"{name}_regime"), getattr(args, f"{name}_type")
-        size = f"{counts[name]:,} parameters, {counts[f'{name}_active']:,} active"
-        recorder.say(f"{name}: {size} ({regime}, block type {block_type})")
-        if regime == "rigl" and args.rigl_interval >= agent.last_topology_update:
-            never = f"the {name}'s topology never changes: --rigl-interval {args.rigl_interval}"
-            recorder.say(f"warning: {never} is not below {agent.last_topology_update}, its last update")
-    if args.bf16 and not has_bf16(device):
-        has_none = f"this {device.type} device has no bfloat16 products (a CPU needs AVX-512 BF16 or AMX)"
-        recorder.say(f"warning: --bf16: {has_none}: expect a slow run")
-    if checkpoint is None:
-        save()
-
-    save_every = args.checkpoint_every or math.inf
-    next_save = at["step"] + save_every
-    first_step, clock = at["step"], time.monotonic()
-    while True:  # once per episode
-        at["env"] = get_rng_state(env)
-        ended = at["step"] == args.total_steps
-        if at["step"] >= at["next_eval"] and evaluate():
-            next_eval = (at["step"] // args.eval_every + 1) * args.eval_every
-            at["next_eval"] = math.inf if ended else min(next_eval, args.total_steps)
-        if recorder.stopped:
-            save()
-            recorder.leave()
-        if ended:
+    while True:  # once per episode; between two of them an environment's future is its random state
+        at = {"step": step, "env": get_rng_state(env)}
+        if recorder.evaluation_due(step, 0, ended=step == args.total_steps):
+            recorder.require_finite_weights(agent, step)
+            if recorder.evaluate(step, 0, [0], lambda _: agent.act, make_task, EVAL_EPISODES):
+                recorder.log(step, agent.plasticity() | agent.sparsity())
+        if recorder.checkpoint_due(step):
+            recorder.save(step, agent, at)
+        recorder.leave()
+        if step == args.total_steps:
             break
-        if at["step"] >= next_save:
-            next_save = at["step"] + save_every
-            save()
 
         obs, _ = env.reset()
-        done, episode_return = False, 0.0
-        while not done and at["step"] < args.total_steps:
-            action = agent.random_action() if at["step"] < args.learning_starts else agent.act(obs, explore=True)
-            recorder.require_finite("action", action, at["step"])
+        first_step, done, episode_return = step, False, 0.0
+        while not done and step < args.total_steps:
+            if step < args.learning_starts:
+                action = (2 * torch.rand(act_dim) - 1).numpy()
+            else:
+                action = agent.act(obs, args.exploration_noise)
+            recorder.require_finite("action", action, step)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             agent.replay.add(obs, action, reward, next_obs, terminated, truncated)
             obs, episode_return, done = next_obs, episode_return + reward, terminated or truncated
-            at["step"] += 1
-            if at["step"] <= args.learning_starts:
+            step += 1
+            if step <= args.learning_starts:
                 continue
             if agent.updates == 0 and not agent.replay.data["priority"].any():
                 recorder.close()
-                given = f"--env-id {args.env_id} --action-repeat {args.action_repeat}"
-                raise ArgumentError(f"{given}: no episode is as long as {ENCODER_HORIZON} agent steps")
+                require(args, "action_repeat", False, f"smaller: no episode has {ENCODER_HORIZON} agent steps")
             agent.update()
-            if at["step"] % LOG_EVERY == 0:
-                for name, value in agent.losses.items():
-                    recorder.require_finite(f"losses/{name}", value, at["step"])
-                recorder.log(at["step"], {f"losses/{name}": value for name, value in agent.losses.items()})
-                recorder.log(at["step"], agent.gradient_scalars())
-                speed = (at["step"] - first_step) / (time.monotonic() - clock)
-                recorder.log(at["step"], {"charts/SPS": speed, "charts/reward_scale": agent.scales[0]})
-        if done:
-            recorder.log(at["step"], {"charts/episodic_return": episode_return})
-        recorder.progress(at["step"], ret=f"{episode_return:.0f}")
+            if step % LOG_EVERY == 0:
+                recorder.losses(step, agent.losses)
+                norms = {f"plasticity/{name}/grad_norm": norm for name, norm in agent.grad_norms.items()}
+                recorder.log(step, norms | {"method/reward_scale": agent.scales[0]})
+        recorder.episode(step, args.env_id, done, episode_return, step - first_step)
 
     env.close()
-    save()
+    recorder.save(step, agent, at)
     returns = [row["episode_return"] for row in recorder.rows]
     report = {"final_return": returns[-1], "mean_return": float(np.mean(returns))} | agent.sparsity()
     report |= {name: float(value) for name, value in agent.plasticity().items()}
-    return recorder.finish(at["step"], report, counts)
+    return recorder.finish(step, report, agent.parameter_counts())
 
 
 if __name__ == "__main__":
-    run(main, Args, PRESETS)
+    cli.run(main, Args, PRESETS)
