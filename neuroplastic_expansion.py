@@ -56,7 +56,7 @@ from torch import Tensor, nn
 
 from common import cli, metrics
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
-from common.envs import env_sizes, get_rng_state, make_env, seed_of, set_rng_state
+from common.envs import env_sizes, make_env, seed_of
 from common.recorder import Recorder, evaluate_stored, restored
 
 LOG_EVERY = 1000  # environment steps between two points of the loss curves
@@ -337,6 +337,8 @@ class ReplayBuffer:
         # on a CPU, pages of zeros take no memory before they are written
         self.data = {name: torch.zeros(capacity, *size, device=device) for name, size in sizes.items()}
         self.capacity, self.added = capacity, 0
+        # Where batches are drawn: tensors that stay in place, so that an update can be recorded as a CUDA graph.
+        self.bound, self.oldest_row = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -347,10 +349,15 @@ class ReplayBuffer:
             self.data[name][self.added % self.capacity] = torch.as_tensor(value)
         self.added += 1
 
-    def sample(self, batch_size: int, oldest: float = 1.0) -> dict[str, Tensor]:
-        """Uniform draws with replacement from the oldest share of the transitions."""
-        ages = torch.randint(max(1, int(oldest * len(self))), (batch_size,), device=self.data["reward"].device)
-        rows = (ages + self.added - len(self)) % self.capacity
+    def draw_from(self, oldest: float) -> None:
+        """The next batch comes from the oldest share of the transitions: 1.0 for all of them."""
+        self.bound.fill_(max(1, int(oldest * len(self))))
+        self.oldest_row.fill_(self.added - len(self))
+
+    def sample(self, batch_size: int) -> dict[str, Tensor]:
+        """Uniform draws with replacement (the remainder's bias is below 1e-12) from where `draw_from` said."""
+        ages = torch.randint(2**62, (batch_size,), device=self.bound.device) % self.bound
+        rows = (ages + self.oldest_row) % self.capacity
         return {name: column[rows] for name, column in self.data.items()}
 
     def recent(self, count: int) -> dict[str, Tensor]:
@@ -452,7 +459,8 @@ class Agent:
         """
         args = self.args
         self.updates += 1
-        batch = self.replay.sample(args.batch_size, self.review.oldest() if self.review else 1.0)
+        self.replay.draw_from(self.review.oldest() if self.review else 1.0)
+        batch = self.replay.sample(args.batch_size)
 
         loss, q_mean = self.critic_loss(self.critic, self.target_actor, self.target_critic, batch, args)
         self.losses |= {"critic": loss.detach(), "q": q_mean}
@@ -624,7 +632,7 @@ def main(args: Args) -> dict:
     total_updates = len(visits) * max(0, args.steps_per_task - args.learning_starts)
     agent = Agent(args, obs_dim, act_dim, total_updates, device)
     check(agent)
-    at = {"phase": 0, "step": 0, "env": None}
+    at = {"phase": 0, "step": 0, "episode": 0}
     if checkpoint:
         restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
         at = checkpoint["at"]
@@ -640,14 +648,12 @@ def main(args: Args) -> dict:
         warn_of_long_intervals(agent, recorder, total_updates)
 
     for phase in range(at["phase"], len(visits)):
-        task, start, step = visits[phase], phase * args.steps_per_task, at["step"]
-        env = make_task(task, seed=seed_of(args.seed, TRAIN_EPISODES, phase))
-        if at["env"]:
-            set_rng_state(env, at["env"])
+        task, start, step, episode = visits[phase], phase * args.steps_per_task, at["step"], at["episode"]
+        env = make_task(task, seed=args.seed)
         if step == 0:
             agent.replay.added = 0
         while True:  # once per episode
-            at |= {"phase": phase, "step": step, "env": get_rng_state(env)}
+            at |= {"phase": phase, "step": step, "episode": episode}
             ended = step == args.steps_per_task
             if recorder.evaluation_due(start + step, start, ended):
                 recorder.require_finite_weights(agent, start + step)
@@ -660,7 +666,7 @@ def main(args: Args) -> dict:
             if ended:
                 break
 
-            obs, _ = env.reset()
+            obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_EPISODES, phase, episode))
             done, episode_return, length = False, 0.0, 0
             while not done and step < args.steps_per_task:
                 warm_up = step < args.learning_starts and task not in visits[:phase]
@@ -677,10 +683,11 @@ def main(args: Args) -> dict:
                         recorder.losses(start + step, losses)
                         recorder.log(start + step, metrics.grad_norms(actor=agent.actor, critic=agent.critic.twins[0]))
                         recorder.log(start + step, agent.method_scalars())
+            episode += 1
             recorder.episode(start + step, task, done, episode_return, length)
 
         env.close()
-        at |= {"phase": phase + 1, "step": 0, "env": None}
+        at |= {"phase": phase + 1, "step": 0, "episode": 0}
         recorder.save(start + step, agent, at)
     total_steps = len(visits) * args.steps_per_task
     return recorder.finish(total_steps, final_metrics(agent, recorder.rows, visits), agent.parameter_counts())
