@@ -13,7 +13,7 @@ Read first: `SkillMasks` and the functions below it (Algorithm 1, Eq. 5 and 6), 
 (Eq. 7), then `Agent.update` and `main`.
 
 Copy: `SkillMasks`, `neuron_scores`, `skill_neurons`, `gradient_masks`, `dealt_anew`, `hidden_activations`
-(0 lines; tests/transplants/nbsp_sac.py does it). The replay of earlier tasks is three lines of the loop there.
+(88 lines; tests/transplants/nbsp_sac.py does it). The replay of earlier tasks is four lines of the loop there.
 
     python nbsp.py --quick                                          # two easy tasks, twice: minutes on a CPU
     python nbsp.py --task-seq window-open,window-close --cycles 2   # the paper's first cycle, 500 000 steps a visit
@@ -30,8 +30,8 @@ No code of the authors is known. Where we differ from the paper (1, 3), and what
 4. "Earlier tasks" are all that were trained before, with the present one when it comes again; each by its latest scores
    and its latest transitions.
 5. The present task's buffer is emptied at a border; networks, targets, temperature and Adam's moments go on.
-6. ASR, FM and FWT follow our reading of the paper (`common.metrics.cycling_report`).
-7. Whether the neurons' identity matters is not asked in the paper. `--mask-neurons random` is the control.
+6. The paper names ASR, FM and FWT; the formulas are our reading (`common.metrics.cycling_report`).
+7. Do these neurons matter, or would others do? `--mask-neurons random` is the control, which the paper does not have.
 """
 
 import copy
@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 from common import cli, metrics
 from common.cli import Device, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
-from common.envs import env_sizes, get_rng_state, make_env, seed_of, set_rng_state, task_sequence
+from common.envs import env_sizes, make_env, seed_of, task_sequence
 from common.recorder import Recorder, evaluate_stored, restored
 
 LOG_EVERY = 1000  # environment steps between two points of the loss curves
@@ -88,13 +88,11 @@ class Args:
     capture_video: bool = False  # record the first episode of each task at every evaluation
 
     # --- Environment and evaluation ---
-
     task_one_hot: bool = False  # append the task's index to observations, one-hot
     eval_every: PositiveInt = 10_000  # environment steps between evaluations on all tasks; each visit's end has one
     eval_episodes: PositiveInt = 10  # deterministic episodes per task and evaluation
 
     # --- SAC (defaults of CleanRL) ---
-
     hidden_dim: PositiveInt = 256  # width of the hidden layers of actor and critics
     hidden_layers: PositiveInt = 2  # hidden layers of actor and critics
     layer_norm: bool = False  # LayerNorm before each ReLU of actor and critics
@@ -107,7 +105,6 @@ class Args:
     critic_lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--q-lr",))] = 1e-3  # of critics and temperature
 
     # --- NBSP ---
-
     method: Literal["nbsp", "mask", "replay", "sac"] = "nbsp"  # mask, replay: its parts alone; sac: neither (Table 2)
     skill_proportion: Fraction = 0.2  # share of a network's hidden neurons that are skill neurons of a task (Figure 4)
     mask_factor: Fraction = 0.2  # alpha of Eq. 5: a skill neuron's mask is alpha (1 - score)
@@ -127,11 +124,11 @@ class Args:
 class SkillMasks:
     """The skill neurons of one network's earlier tasks, and how far training may still move them.
 
-    layers: the linear layers in order; one inner list holds what belongs together: two heads that read the same layer,
-    or a layer and the LayerNorm behind it. A hidden neuron is a row of its layer: incoming weights and bias.
-    target: "update", the optimizer sees the whole gradient and its step is scaled; "gradient", the paper's letter, of
-    which Adam leaves little. choose: "skill", or "random", the control: as many neurons with masks as large, drawn
-    among those that are not constant. scores[task][l], masks[l]: (width,) for hidden layer l.
+    layers: linear layers in order. An inner list holds two heads that read the same layer, or a layer and the LayerNorm
+    behind it. A hidden neuron is a row of its layer: incoming weights and bias. target: what the mask scales, "update"
+    (the optimizer's step) or "gradient" (the paper's letter, of which Adam leaves little). choose: "skill", or the
+    control "random": as many neurons with masks as large, drawn among those that are not constant.
+    scores[task][l], masks[l]: (width,) for hidden layer l.
     """
 
     STATE = ("scores", "masks", "generator")
@@ -145,11 +142,9 @@ class SkillMasks:
 
     def masked(self) -> list[tuple[nn.Parameter, Tensor]]:
         """All that leads into the hidden neurons, each parameter with its mask in a shape that broadcasts."""
-        pairs = []
-        for level, mask in zip(self.levels, self.masks, strict=False):  # the last level has no hidden neurons
-            for parameter in (p for layer in level for p in layer.parameters()):
-                pairs.append((parameter, mask if parameter.ndim == 1 else mask[:, None]))
-        return pairs
+        levels = zip(self.levels, self.masks, strict=False)  # the last level has no hidden neurons
+        pairs = [(p, mask) for level, mask in levels for layer in level for p in layer.parameters()]
+        return [(p, mask if p.ndim == 1 else mask[:, None]) for p, mask in pairs]
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -197,10 +192,9 @@ def neuron_scores(activations: list[Tensor], goal_proximity: Tensor) -> list[Ten
 def skill_neurons(scores: list[Tensor], proportion: float) -> list[Tensor]:
     """The best round(proportion * neurons) neurons of a network, ranked over its layers together; never one with NaN.
 
-    Scores (width,) for each hidden layer -> booleans of the same shapes.
+    Scores (width,) for each hidden layer -> booleans of the same shapes. Of equal scores the first win, everywhere.
     """
     flat = torch.cat(scores)
-    # a stable sort: of equal scores the first neurons win, on every machine
     best = flat.nan_to_num(-1).sort(descending=True, stable=True).indices[: round(proportion * len(flat))]
     skill = torch.zeros_like(flat, dtype=torch.bool).index_fill(0, best, True) & ~flat.isnan()
     return list(skill.split([len(layer) for layer in scores]))
@@ -264,19 +258,25 @@ class ReplayBuffer:
         # on a CPU, pages of zeros take no memory before they are written
         self.data = {name: torch.zeros(capacity, *size, device=device) for name, size in sizes.items()}
         self.capacity, self.added = capacity, 0
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # filled rows, where `sample` reads them
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
+
+    def set_added(self, added: int) -> None:
+        """So many transitions have been added; 0 empties the buffer."""
+        self.added = added
+        self.size.fill_(len(self))
 
     def add(self, **transition: np.ndarray | float) -> None:
         """Append one transition, over the oldest one when full."""
         for name, value in transition.items():
             self.data[name][self.added % self.capacity] = torch.as_tensor(value)
-        self.added += 1
+        self.set_added(self.added + 1)
 
     def sample(self, batch_size: int) -> dict[str, Tensor]:
-        """Uniform draws with replacement."""
-        rows = torch.randint(len(self), (batch_size,), device=self.data["reward"].device)
+        """Uniform draws with replacement. The bound is a tensor, so that one CUDA graph can draw while it changes."""
+        rows = torch.randint(2**62, (batch_size,), device=self.size.device) % self.size
         return {name: column[rows] for name, column in self.data.items()}
 
     def recent(self, count: int) -> dict[str, Tensor]:
@@ -291,7 +291,7 @@ class ReplayBuffer:
         return {"data": data, "added": self.added}
 
     def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
+        self.set_added(state["added"])
         for name, column in state["data"].items():
             self.data[name][: len(self)] = column
 
@@ -320,7 +320,7 @@ class PreviousTasks(ReplayBuffer):
             rows = torch.randperm(len(part["reward"]))[: self.capacity // len(parts)]
             parts[owner] = {name: column[rows.to(column.device)] for name, column in part.items()}
         self.counts = {owner: len(part["reward"]) for owner, part in sorted(parts.items())}
-        self.added = sum(self.counts.values())
+        self.set_added(sum(self.counts.values()))
         for name, column in self.data.items():
             column[: self.added] = torch.cat([parts[owner][name] for owner in self.counts])
 
@@ -395,9 +395,7 @@ class Critics(nn.ModuleList):
         return [critic(x) for critic in self]
 
 
-def critic_loss(
-    actor: Actor, critics: Critics, targets: Critics, log_alpha: Tensor, batch: dict, gamma: float
-) -> tuple[Tensor, Tensor]:
+def critic_loss(actor, critics, targets, log_alpha: Tensor, batch: dict, gamma: float) -> tuple[Tensor, Tensor]:
     """Soft Bellman error of both critics, summed, and the mean of the first Q. Episodes end by their time limit only.
 
     batch: `obs`, `next_obs` (batch, obs_dim), `action` (batch, act_dim), `reward` (batch,).
@@ -410,7 +408,7 @@ def critic_loss(
     return sum(F.mse_loss(q, y) for q in values), values[0].detach().mean()
 
 
-def actor_loss(actor: Actor, critics: Critics, log_alpha: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
+def actor_loss(actor, critics, log_alpha: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of alpha log pi - Q over observations (batch, obs_dim), and the mean of log pi, 0-d."""
     action, log_prob = actor.sample(obs)
     return (log_alpha.detach().exp() * log_prob - torch.min(*critics(obs, action))).mean(), log_prob.detach().mean()
@@ -423,7 +421,7 @@ class Agent:
     STATE += ("replay", "previous", "skills", "updates", "losses")
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
-        self.args, self.act_dim, self.device = args, act_dim, device
+        self.args, self.act_dim = args, act_dim
         shape = (args.hidden_dim, args.hidden_layers, args.layer_norm)
         self.actor = Actor(obs_dim, act_dim, *shape).to(device)
         self.critics = Critics(Critic(obs_dim + act_dim, *shape) for _ in range(2)).to(device)
@@ -438,26 +436,17 @@ class Agent:
 
         self.replay = ReplayBuffer(min(args.buffer_size, args.steps_per_task), obs_dim, act_dim, device)
         self.previous = PreviousTasks(args.previous_buffer_size, obs_dim, act_dim, device)
-        self.skills = {
-            name: SkillMasks(
-                [*network.hidden, network.head],
-                args.skill_proportion,
-                args.mask_factor,
-                args.mask_target,
-                args.mask_neurons,
-                seed_of(args.seed, MASK_NEURONS, number),
-            )
-            for number, (name, network) in enumerate(self.networks().items())
+        method = (args.skill_proportion, args.mask_factor, args.mask_target, args.mask_neurons)
+        networks = {"actor": self.actor, "critic1": self.critics[0], "critic2": self.critics[1]}
+        self.skills = {  # each network's neurons are ranked by themselves
+            name: SkillMasks([*network.hidden, network.head], *method, seed=seed_of(args.seed, MASK_NEURONS, number))
+            for number, (name, network) in enumerate(networks.items())
         }
         masks = args.method in ("nbsp", "mask")
         self.actor_masks = [self.skills["actor"]] if masks and args.mask_actor else []
         self.critic_masks = [self.skills["critic1"], self.skills["critic2"]] if masks and args.mask_critic else []
         self.updates = 0
         self.losses: dict[str, Tensor] = {}  # the latest ones, 0-d; on batches of earlier tasks "previous/..."
-
-    def networks(self) -> dict[str, Actor | Critic]:
-        """The networks whose neurons are scored, each ranked by itself."""
-        return {"actor": self.actor, "critic1": self.critics[0], "critic2": self.critics[1]}
 
     def step(self, optimizer: torch.optim.Adam, loss: Tensor, masks: list[SkillMasks] = ()) -> None:
         """Gradients of the optimizer's own parameters, and its step, masked."""
@@ -503,7 +492,7 @@ class Agent:
             self.skills[name].end_task(task, lambda: self.critics(rollout["obs"], rollout["action"]), q)
         if self.args.method in ("nbsp", "replay"):
             self.previous.add_task(task, self.replay)
-        self.replay.added = 0
+        self.replay.set_added(0)
 
     def plasticity(self) -> dict[str, Tensor]:
         """Plasticity metrics of the actor and the first critic on recent transitions."""
@@ -513,8 +502,8 @@ class Agent:
 
     def parameter_counts(self) -> dict[str, int]:
         """Sizes of the actor and of one critic."""
-        networks = {"actor": self.actor, "critic": self.critics[0]}
-        return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        networks = (("actor", self.actor), ("critic", self.critics[0]))
+        return {name: sum(p.numel() for p in network.parameters()) for name, network in networks}
 
 
 # ------------------------------------------------------------------------------------------------------ the run
@@ -544,42 +533,45 @@ def policy(actor: Actor, one_hot: np.ndarray) -> Callable[[np.ndarray], np.ndarr
     return lambda obs: actor.act(np.concatenate([obs, one_hot], dtype=np.float32, casting="same_kind"))
 
 
-def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """The policy of a stored run on a task of its cycle: observation (39,) of any float type -> action (4,) float32."""
+def load_actor(run_dir: str) -> tuple[Args, Actor]:
+    """Arguments and actor of a stored run."""
     args, checkpoint = cli.load_run(run_dir, Args, "nbsp")
     weights = checkpoint["agent"]["actor"]
     (_, inputs), (outputs, _) = weights["hidden.0.0.weight"].shape, weights["head.weight"].shape
     actor = Actor(inputs, outputs // 2, args.hidden_dim, args.hidden_layers, args.layer_norm)
     actor.load_state_dict(weights)
+    return args, actor
+
+
+def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """The policy of a stored run on a task of its cycle: observation (39,) of any float type -> action (4,) float32."""
+    args, actor = load_actor(run_dir)
     return policy(actor, one_hots(args, cycle_of(args))[task])
 
 
-def score_rollout(agent: Agent, env: gym.Env, task: int, stop: Callable[[], bool]) -> dict[str, Tensor] | None:
+def score_rollout(actor: Actor, args: Args, env: gym.Env, task: int, stop: Callable[[], bool]) -> dict | None:
     """`--score-steps` steps of the deterministic actor, on goals of their own; None if `stop()` came true.
 
     -> `obs` (T, obs_dim), `action` (T, act_dim), `success`, `distance`, `reward` and `episode` (number), (T,) each.
     """
     rows, episode, truncated = [], -1, True
-    for _ in range(agent.args.score_steps):
+    for _ in range(args.score_steps):
         if stop():
             return None
         if truncated:
             episode += 1
-            obs, _ = env.reset(seed=seed_of(agent.args.seed, SCORE_GOALS, task, episode))
-        action = agent.actor.act(obs)
+            obs, _ = env.reset(seed=seed_of(args.seed, SCORE_GOALS, task, episode))
+        action = actor.act(obs)
         next_obs, reward, _, truncated, info = env.step(action)
         rows.append((obs, action, info["success"], info["obj_to_target"], reward, episode))
         obs = next_obs
-    names = ("obs", "action", "success", "distance", "reward", "episode")
-    columns = [torch.from_numpy(np.array(column, np.float32)).to(agent.device) for column in zip(*rows, strict=True)]
+    names, device = ("obs", "action", "success", "distance", "reward", "episode"), actor.head.weight.device
+    columns = [torch.from_numpy(np.array(column, np.float32)).to(device) for column in zip(*rows, strict=True)]
     return dict(zip(names, columns, strict=True))
 
 
 def solved(rows: list[dict], task: int, since: int) -> bool:
-    """Whether the last three evaluations of a task all had success 0.95 or above; only those after step `since` count.
-
-    rows: dicts with `global_step`, `task_index` and `success`, as in evaluations.csv.
-    """
+    """Whether a task's last three evaluations all had success 0.95 or above; only those after step `since` count."""
     successes = [row["success"] for row in rows if row["task_index"] == task and row["global_step"] > since]
     return len(successes) >= SOLVED_IN_A_ROW and min(successes[-SOLVED_IN_A_ROW:]) >= SOLVED
 
@@ -637,7 +629,7 @@ def main(args: Args) -> dict:
     (obs_dim, act_dim), one_hot = env_sizes(tasks[0]), one_hots(args, tasks)
     agent = Agent(args, obs_dim + one_hot.shape[1], act_dim, device)
     # Where the run is: a phase is one visit to a task, which takes `phase_steps` environment steps.
-    at = {"phase": 0, "step": 0, "env": None, "phase_steps": [], "scored_by": []}
+    at = {"phase": 0, "step": 0, "episode": 0, "phase_steps": [], "scored_by": []}
     if checkpoint:
         restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
         at = checkpoint["at"]
@@ -646,16 +638,16 @@ def main(args: Args) -> dict:
     phases = [(args.steps_per_task, steps) for steps in idle_steps]
     recorder = Recorder(args, "nbsp", args.task_seq, tasks, phases, checkpoint)
     recorder.begin(agent, at, checkpoint, agent.parameter_counts())
-    policy_of = [policy(agent.actor, row) for row in one_hot].__getitem__
+
+    def policy_of(index: int) -> Callable:
+        return policy(agent.actor, one_hot[index])
 
     for phase in range(at["phase"], len(phases)):
-        task, start, step = phase % len(tasks), sum(at["phase_steps"]), at["step"]
-        env = make_env(tasks[task], seed=seed_of(args.seed, TRAIN_GOALS, phase))
+        task, start, step, episode = phase % len(tasks), sum(at["phase_steps"]), at["step"], at["episode"]
+        env = make_env(tasks[task], seed=0)  # each episode has a seed of its own
         env = gym.wrappers.TransformObservation(env, partial(np.append, values=one_hot[task]), None)
-        if at["env"]:
-            set_rng_state(env, at["env"])
-        while True:  # once per episode; between two of them an environment's future is its random state
-            at |= {"phase": phase, "step": step, "env": get_rng_state(env)}
+        while True:  # once per episode
+            at |= {"phase": phase, "step": step, "episode": episode}
             ended = step == args.steps_per_task
             if recorder.evaluation_due(start + step, start, ended):
                 recorder.require_finite_weights(agent, start + step)
@@ -668,7 +660,7 @@ def main(args: Args) -> dict:
             if ended or (args.stop_when_solved and solved(recorder.rows, task, start + idle_steps[phase])):
                 break
 
-            obs, _ = env.reset()
+            obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_GOALS, phase, episode))
             truncated, episode_return, success, episode_start = False, 0.0, 0.0, step
             while not truncated and step < args.steps_per_task:
                 if step < random_steps[phase]:
@@ -685,10 +677,11 @@ def main(args: Args) -> dict:
                     if step % LOG_EVERY == 0:
                         recorder.losses(start + step, agent.losses)
                         recorder.log(start + step, metrics.grad_norms(actor=agent.actor, critic=agent.critics[0]))
+            episode += 1
             length = step - episode_start
             recorder.episode(start + step, tasks[task], truncated, episode_return, length, success)
 
-        rollout = score_rollout(agent, env, task, lambda: recorder.stopped)
+        rollout = score_rollout(agent.actor, args, env, task, lambda: recorder.stopped)
         env.close()
         if rollout is None:  # a signal: the border is crossed after scoring, or not at all
             recorder.save(start + step, agent, at)
@@ -697,7 +690,7 @@ def main(args: Args) -> dict:
         agent.end_task(task, rollout, q)
         report_scores(agent, task, measure, recorder, start + step)
         at["scored_by"].append(measure)
-        at |= {"phase": phase + 1, "step": 0, "env": None, "phase_steps": [*at["phase_steps"], step]}
+        at |= {"phase": phase + 1, "step": 0, "episode": 0, "phase_steps": [*at["phase_steps"], step]}
         recorder.save(start + step, agent, at)
 
     last = {(row["phase"], row["task_index"]): row["success"] for row in recorder.rows}
