@@ -53,7 +53,7 @@ from torch import Tensor, nn
 
 from common import cli, metrics
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
-from common.envs import env_sizes, get_rng_state, make_env, seed_of, set_rng_state
+from common.envs import env_sizes, make_env, seed_of
 from common.recorder import Recorder, evaluate_stored, restored
 
 # MR.Q's constants (authors' code)
@@ -63,6 +63,7 @@ ZS_BLOCKS, ZSA_BLOCKS, CRITIC_BLOCKS, ACTOR_BLOCKS = 3, 2, 3, 2  # blocks before
 REWARD_BINS, REWARD_RANGE = 65, 10.0  # two-hot bins at symexp of 65 points in [-10, 10]
 REWARD_WEIGHT, DONE_WEIGHT = 0.1, 0.1  # in the encoder's loss, where the dynamics have weight 1
 PRIORITY_EXPONENT, MIN_PRIORITY = 0.4, 1.0
+PRIORITY_BLOCK = 250  # rows whose priorities are summed first
 PRE_ACTIVATION_WEIGHT = 1e-5
 
 LOG_EVERY = 1000  # agent steps between two points of the loss curves
@@ -70,11 +71,10 @@ METRIC_BATCH = 1000  # recent steps on which plasticity is measured, at width 1
 TRAIN_EPISODES, EVAL_EPISODES = 1, 2  # streams of random numbers, see `seed_of`
 
 MRQ = {"encoder_type": 4, "critic_type": 4, "actor_type": 3, "critic_regime": "dense", "actor_regime": "dense"}
-PRESETS = {
-    "quick": {},
-    "preset mrq": MRQ,
-    "preset mst-362m": {"width_scale": 5.0, "depth_scale": 4},
-}
+QUICK = {"env_id": "InvertedPendulum-v5", "total_steps": 3000, "learning_starts": 500, "eval_every": 250}
+QUICK |= {"eval_episodes": 5, "buffer_size": 10_000, "batch_size": 64, "gamma": 0.98, "target_update_every": 50}
+QUICK |= {"encoder_lr": 1e-3, "critic_lr": 1e-3, "actor_lr": 1e-3, "width_scale": 1 / 8, "rigl_every": 100}
+PRESETS = {"quick": QUICK, "preset mrq": MRQ, "preset mst-362m": {"width_scale": 5.0, "depth_scale": 4}}
 
 BlockType = Literal[1, 2, 3, 4, 5, 6]
 Regime = Literal["dense", "static", "rigl"]
@@ -367,8 +367,9 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
         sizes = {"obs": (obs_dim,), "action": (act_dim,), "reward": (), "not_done": (), "is_step": (), "priority": ()}
-        # on a CPU, zeros take no memory before they are written
-        self.data = {name: torch.zeros(capacity, *size, device=device) for name, size in sizes.items()}
+        # on a CPU, zeros take no memory before they are written; the rows that fill the last block are never used
+        rows = math.ceil(capacity / PRIORITY_BLOCK) * PRIORITY_BLOCK
+        self.data = {name: torch.zeros(rows, *size, device=device) for name, size in sizes.items()}
         self.capacity, self.head, self.size = capacity, 0, 0
         self.episode_steps = 0
         self.terminates = False  # whether any step ever terminated
@@ -404,13 +405,12 @@ class ReplayBuffer:
     def sample_rows(self, count: int) -> Tensor:
         """First rows (count,) of sub-trajectories, drawn in proportion to their priority, with replacement.
 
-        At least one priority must be above 0.
+        First a block of rows by the sum of its priorities, then a row of this block: cheaper than a cumulative sum over
+        a large buffer at each draw. At least one priority must be above 0.
         """
-        cumulative = self.data["priority"][: self.size].cumsum(0, dtype=torch.float64)
-        below_total = torch.nextafter(cumulative[-1], torch.zeros_like(cumulative[-1]))
-        draws = torch.rand(count, dtype=torch.float64, device=cumulative.device) * below_total
-        # right: a draw of exactly 0 falls on the first row whose priority is not 0
-        return torch.searchsorted(cumulative, draws, right=True)
+        blocks = self.data["priority"].view(-1, PRIORITY_BLOCK)
+        block = draw(blocks.sum(1), (count,))
+        return block * PRIORITY_BLOCK + draw(blocks[block], (count, 1))[:, 0]
 
     def sub_trajectories(self, rows: Tensor) -> dict[str, Tensor]:
         """The encoder's batch: H = ENCODER_HORIZON steps from each row.
@@ -433,8 +433,9 @@ class ReplayBuffer:
 
     def update_priority(self, rows: Tensor, priority: Tensor) -> None:
         """Give `rows` their new priorities (batch,); new steps start at the largest one ever given."""
-        self.data["priority"][rows] = priority
-        self.max_priority = torch.maximum(self.max_priority, priority.max())
+        # a row may be there several times: it gets the largest, whatever the device does first
+        self.data["priority"].scatter_reduce_(0, rows, priority, "amax", include_self=False)
+        torch.maximum(self.max_priority, priority.max(), out=self.max_priority)
 
     def reward_scale(self) -> Tensor:
         """Mean |r| over the steps in the buffer, 0-d."""
@@ -448,8 +449,9 @@ class ReplayBuffer:
         return {"obs": self.data["obs"][rows], "action": self.data["action"][rows]}
 
     def state_dict(self) -> dict:
-        full = self.size == self.capacity  # a slice would save its whole storage: clone what is filled
-        data = {name: column if full else column[: self.size].clone() for name, column in self.data.items()}
+        data = {name: column[: self.size] for name, column in self.data.items()}
+        if self.size < self.capacity:  # a slice would save its whole storage: clone what is filled
+            data = {name: column.clone() for name, column in data.items()}
         return {"data": data} | {name: getattr(self, name) for name in self.COUNTERS}
 
     def load_state_dict(self, state: dict) -> None:
@@ -458,6 +460,18 @@ class ReplayBuffer:
         self.max_priority = self.max_priority.to(self.data["priority"].device)
         for name, column in state["data"].items():
             self.data[name][: self.size] = column
+
+
+def draw(priority: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Indices (of that shape) along the last dimension of `priority`, drawn in proportion to it.
+
+    priority (n,) -> (count,), priority (m, n) -> (m, count). Each row needs a priority above 0.
+    """
+    cumulative = priority.cumsum(-1, dtype=torch.float64)
+    total = cumulative[..., -1:]
+    points = torch.rand(shape, dtype=torch.float64, device=total.device) * total.nextafter(torch.zeros_like(total))
+    # right: a point at exactly 0 falls on the first index whose priority is not 0
+    return torch.searchsorted(cumulative, points, right=True)
 
 
 def two_hot(x: Tensor, bins: Tensor) -> Tensor:
@@ -572,7 +586,7 @@ class Agent:
         self.targets = {name: copy.deepcopy(module).requires_grad_(False) for name, module in self.networks.items()}
         self.replay = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
         self.updates = 0
-        self.scales = (torch.ones((), device=device), torch.zeros((), device=device))  # mean |r| now, of the targets
+        self.scales = [torch.ones((), device=device), torch.zeros((), device=device)]  # mean |r| now, of the targets
         self.losses: dict[str, Tensor] = {}
         self.grad_norms: dict[str, Tensor] = {}  # of each module, masked and not yet clipped
         functions = (encoder_loss, critic_loss, actor_loss, td_target)
@@ -588,9 +602,8 @@ class Agent:
         args = self.args
         if self.updates % args.target_update_every == 0:
             self.copy_targets()
-            # priorities do not change in between, so all of these batches are drawn at once
-            for rows in self.replay.sample_rows(args.target_update_every * args.batch_size).split(args.batch_size):
-                self.update_encoder(rows)
+            for _ in range(args.target_update_every):
+                self.update_encoder(self.replay.sample_rows(args.batch_size))
         self.updates += 1
         self.update_critic_and_actor(self.replay.sample_rows(args.batch_size))
 
@@ -598,7 +611,9 @@ class Agent:
         """Targets become what the networks are now, and the reward scale is measured again."""
         for name, target in self.targets.items():
             target.load_state_dict(self.networks[name].state_dict())
-        self.scales = (self.replay.reward_scale(), self.scales[0])
+        scale, old_scale = self.scales
+        old_scale.copy_(scale)
+        scale.copy_(self.replay.reward_scale())
 
     def update_encoder(self, rows: Tensor) -> None:
         """One step of the encoder on the sub-trajectories from `rows` (batch,)."""
@@ -719,7 +734,7 @@ def main(args: Args) -> dict:
     require(args, "learning_starts", args.learning_starts < args.total_steps, below)
 
     obs_dim, act_dim = env_sizes(args.env_id)
-    agent, at = Agent(args, obs_dim, act_dim, device), {"step": 0, "env": None}
+    agent, at = Agent(args, obs_dim, act_dim, device), {"step": 0, "episode": 0}
     if checkpoint:
         restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
         at = checkpoint["at"]
@@ -728,12 +743,10 @@ def main(args: Args) -> dict:
     recorder.begin(agent, at, checkpoint, agent.parameter_counts())
     for line in warnings(agent):
         recorder.say(line)
-    env, step = make_task(args.env_id, seed=seed_of(args.seed, TRAIN_EPISODES)), at["step"]
-    if at["env"]:
-        set_rng_state(env, at["env"])
+    env, step, episode = make_task(args.env_id, seed=args.seed), at["step"], at["episode"]
 
-    while True:  # once per episode; between two of them an environment's future is its random state
-        at = {"step": step, "env": get_rng_state(env)}
+    while True:  # once per episode
+        at = {"step": step, "episode": episode}
         if recorder.evaluation_due(step, 0, ended=step == args.total_steps):
             recorder.require_finite_weights(agent, step)
             if recorder.evaluate(step, 0, [0], lambda _: agent.act, make_task, EVAL_EPISODES):
@@ -744,7 +757,7 @@ def main(args: Args) -> dict:
         if step == args.total_steps:
             break
 
-        obs, _ = env.reset()
+        obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_EPISODES, 0, episode))  # its whole future: nothing to store
         first_step, done, episode_return = step, False, 0.0
         while not done and step < args.total_steps:
             if step < args.learning_starts:
@@ -766,6 +779,7 @@ def main(args: Args) -> dict:
                 recorder.losses(step, agent.losses)
                 norms = {f"plasticity/{name}/grad_norm": norm for name, norm in agent.grad_norms.items()}
                 recorder.log(step, norms | {"method/reward_scale": agent.scales[0]})
+        episode += 1
         recorder.episode(step, args.env_id, done, episode_return, step - first_step)
 
     env.close()
