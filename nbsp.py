@@ -15,7 +15,7 @@ Read first: `SkillMasks` and the functions below it (Algorithm 1, Eq. 5 and 6), 
 Copy: `SkillMasks`, `neuron_scores`, `skill_neurons`, `gradient_masks`, `dealt_anew`, `hidden_activations`
 (88 lines; tests/transplants/nbsp_sac.py does it). The replay of earlier tasks is four lines of the loop there.
 
-    python nbsp.py --quick                                          # two easy tasks, twice: minutes on a CPU
+    python nbsp.py --quick                                          # reach, button-press, twice: 10 minutes on a CPU
     python nbsp.py --task-seq window-open,window-close --cycles 2   # the paper's first cycle, 500 000 steps a visit
 
 No code of the authors is known. Where we differ from the paper (1, 3), and what we chose where it is silent:
@@ -61,7 +61,7 @@ ACTOR_EVERY = 2  # every second update trains the actor, twice (CleanRL)
 SOLVED, SOLVED_IN_A_ROW = 0.95, 3  # a task is solved after so many evaluations at this success or above
 TRAIN_GOALS, EVAL_GOALS, SCORE_GOALS, MASK_NEURONS = 1, 2, 3, 4  # streams of random numbers, see `seed_of`
 
-QUICK = {"task_seq": "drawer-close,button-press", "steps_per_task": 25_000, "learning_starts": 1000}
+QUICK = {"task_seq": "reach,button-press", "steps_per_task": 20_000, "learning_starts": 1000, "layer_norm": True}
 QUICK |= {"eval_every": 2500, "eval_episodes": 20, "hidden_dim": 128, "actor_lr": 1e-3, "gamma": 0.98}
 PRESETS = {"quick": QUICK}
 
