@@ -587,12 +587,12 @@ def check(agent: Agent) -> None:
     require(args, "learning_starts", args.learning_starts < args.steps_per_task, below)
     at_least = f"at least --initial-density {args.initial_density}"
     require(args, "final_density", args.initial_density <= args.final_density, at_least)
-    for net, topologies in agent.topologies.items():
-        every_layer = min(topologies[0].start) > 0
-        require(args, "initial_density", every_layer, f"higher: a layer of the {net} gets no connection")
-        if topologies[0].growth != "none":
-            name, change = {"critic": ("topology_until", "higher"), "actor": ("policy_delay", "smaller")}[net]
-            require(args, name, topologies[0].until >= 1, f"{change}: the {net} makes no update while networks grow")
+    for net, name, change in (("critic", "topology_until", "higher"), ("actor", "policy_delay", "smaller")):
+        for topology in agent.topologies.get(net, []):
+            linked = min(topology.start) > 0
+            require(args, "initial_density", linked, f"higher: a layer of the {net} gets no connection")
+            grows = topology.growth == "none" or topology.until >= 1
+            require(args, name, grows, f"{change}: the {net} makes no update while networks grow")
 
 
 def warn_of_long_intervals(agent: Agent, recorder: Recorder, total_updates: int) -> None:
