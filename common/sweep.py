@@ -1,0 +1,307 @@
+"""Many runs at once: scripts, methods and seeds, on this machine or on a Ray cluster.
+
+    python -m common.sweep --sweep-dir sweeps/nbsp --seeds 1-5 -- nbsp.py --task-seq window --method nbsp sac
+    python -m common.sweep --sweep-dir sweeps/quick --seeds 1-3 -- ssde.py --quick -- nbsp.py --quick
+
+An argument with several values is a grid, and several commands follow each other with `--` between them. A run has the
+folder `SWEEP_DIR/<script>__<what varies>`, and beside it what it printed, in `<the same>.log`. Each core does one run
+at a time. Ctrl-C stops all runs at their next checkpoint; the same command goes on from there and leaves alone what is
+finished. A run that was killed goes on by itself. `python -m common.plot SWEEP_DIR` draws all of them.
+
+With `--address auto` the runs go to the Ray cluster that this machine belongs to. All its machines need this checkout,
+this Python and SWEEP_DIR at the same paths: a run whose machine is lost goes on elsewhere from its checkpoint.
+"""
+
+import ctypes
+import fcntl
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from common import cli
+from common.cli import CHECKPOINT, CONFIG, ArgumentError
+from common.recorder import EVALUATIONS, RESULTS
+
+ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
+POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+@dataclass
+class Args:
+    commands: tyro.conf.Positional[tuple[str, ...]] = ()  # after `--`: a script and its arguments
+    sweep_dir: Path = Path("sweeps/sweep")  # folder of the runs
+    seeds: str = ""  # seeds of every command: 1-5 or 1,2,7
+    address: str | None = None  # of a running Ray cluster, e.g. `auto`; by default all cores of this machine
+    cpus: cli.PositiveFloat = 1.0  # cores that a run takes
+    gpus: cli.NonNegativeFloat = 0.0  # GPUs that a run takes; with 0.25, four runs share one
+    retries: cli.NonNegativeInt = 2  # how often a run that was killed, or whose machine was lost, goes on by itself
+
+
+# ------------------------------------------------------------------------------------------------------- the plan
+
+
+def parse_command(words: list[str]) -> tuple[str, list[tuple[str, list[str]]]]:
+    """["nbsp.py", "--quick", "--method", "sac", "nbsp"] -> "nbsp.py", [("quick", []), ("method", ["sac", "nbsp"])]."""
+    script, *words = words
+    if not script.endswith(".py") or not script_path(script).is_file():
+        raise ArgumentError(f"-- {script}: must be a script, e.g. nbsp.py")
+    options: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            options.append((name, [value] if "=" in word else []))
+        elif options:
+            options[-1][1].append(word)
+        else:
+            raise ArgumentError(f"-- {script} {word}: a value without its --name")
+    for name in ("resume", "run-dir", "evaluate"):
+        if name in [option.replace("_", "-") for option, _ in options]:
+            raise ArgumentError(f"-- {script} --{name}: must be left out: a sweep names the folders of its runs")
+    return script, options
+
+
+def script_path(script: str) -> Path:
+    """A script in the folder of the caller, or one of ours."""
+    return Path(script).resolve() if Path(script).is_file() else ROOT / script
+
+
+def parse_seeds(seeds: str) -> list[str]:
+    """ "1-3,7" -> ["1", "2", "3", "7"]."""
+    numbers: list[str] = []
+    for part in seeds.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ArgumentError(f"--seeds {seeds}: must be like 1-5 or 1,2,7")
+        numbers += map(str, range(int(match[1]), int(match[2] or match[1]) + 1))
+    return numbers
+
+
+def plan(commands: list[str], seeds: str) -> dict[str, list[str]]:
+    """The command of each run by its name: the script and what varies within a command or between a script's commands.
+
+    ["nbsp.py", "--quick", "--method", "sac", "nbsp"] -> {"nbsp__method=sac": ["nbsp.py", "--quick", "--method", "sac"],
+    "nbsp__method=nbsp": ...}. Raises ArgumentError for what cannot be read and where two runs have the same name.
+    """
+    parsed = [parse_command(list(words)) for dashes, words in itertools.groupby(commands, "--".__eq__) if not dashes]
+    if not parsed:
+        raise ArgumentError("nothing to run: give a script and its arguments after `--`")
+    runs: dict[str, list[str]] = {}
+    for script, options in parsed:
+        if seeds:
+            if "seed" in dict(options):
+                raise ArgumentError(f"--seeds {seeds}: -- {script} has its own --seed")
+            options.append(("seed", parse_seeds(seeds)))
+    for script, options in parsed:
+        others = [other for same, other in parsed if same == script]
+        varying = [
+            len(option[1]) > 1 or (seeds and option[0] == "seed") or not all(option in other for other in others)
+            for option in options
+        ]
+        for values in itertools.product(*[values or [None] for _, values in options]):
+            pairs = [(name, value) for (name, _), value in zip(options, values, strict=True)]
+            parts = [name if value is None else f"{name}={value}" for name, value in itertools.compress(pairs, varying)]
+            name = "__".join([Path(script).stem, *parts]).replace("/", "-")  # dmc/dog-run is not a folder
+            if name in runs:
+                raise ArgumentError(f"two runs are called {name}: each must differ from the others in its arguments")
+            words = [word for name_, value in pairs for word in (f"--{name_}", value) if word is not None]
+            runs[name] = [script, *words]
+    return runs
+
+
+def record_plan(sweep_dir: Path, runs: dict[str, list[str]]) -> None:
+    """Add the runs to `sweep.json`. Raises ArgumentError if a name stands for another command there."""
+    file = sweep_dir / "sweep.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for name in runs.keys() & known.keys():
+        if known[name] != runs[name]:
+            raise ArgumentError(f"{sweep_dir / name}: is another run already: {shlex.join(known[name])}")
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(known | runs, indent=2) + "\n", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------- one run
+
+
+def execute(command: list[str], run_dir: Path, cwd: str, token: str, retries: int) -> str | None:
+    """One run, in a Ray worker: start or resume the script until it ends by itself. Its folder says how it went.
+
+    token: name of a file that the sweep has put beside the run folders.
+
+    Returns: where SWEEP_DIR is not shared with this machine, the machine's name.
+    """
+    if not (run_dir.parent / token).is_file():
+        return socket.gethostname()
+    with open(f"{run_dir}.log", "a", encoding="utf-8") as log:  # with_suffix would cut beta=0.3
+        # The script inherits the open file and with it the lock: if this worker dies and the script lives on, the
+        # worker that tries again waits here for its end.
+        while not locked(log):
+            time.sleep(POLL_SECONDS)
+        for _ in range(retries + 1):
+            if (run_dir / RESULTS).is_file():
+                break
+            folder = "--resume" if (run_dir / CHECKPOINT).is_file() else "--run-dir"
+            code = attempt([sys.executable, *command, folder, str(run_dir), "--quiet"], cwd, log)
+            signum = {128 + signal.SIGINT: signal.SIGINT, 128 + signal.SIGTERM: signal.SIGTERM}.get(code, -code)
+            if signum <= 0:  # it has finished, or an error would come again
+                break
+            print(f"killed by signal {signum:d}", file=log, flush=True)
+    return None
+
+
+def attempt(line: list[str], cwd: str, log) -> int:
+    """Start a script and wait for its end. Returns its exit code; 0 if the sweep was stopped."""
+    print(shlex.join(line), file=log, flush=True)
+    script = subprocess.Popen(
+        line, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent()
+    )
+    try:
+        while script.poll() is None:  # not wait(): a task is cancelled between two instructions of Python
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        script.terminate()
+        script.wait()
+        return 0
+    return script.returncode
+
+
+def locked(file) -> bool:
+    """Take the lock of an open file, unless another process has it. A file system without locks has nothing to take."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def end_with_parent():
+    """For a new process on Linux, to be called in it: SIGTERM comes when the process that started it ends."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def done(run_dir: Path) -> float:
+    """Share of a run that its evaluations cover; 1 when it is finished."""
+    if (run_dir / RESULTS).is_file():
+        return 1.0
+    try:
+        total = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))["total_steps"]
+        return int((run_dir / EVALUATIONS).read_text(encoding="utf-8").split("\n")[-2].split(",")[0]) / total
+    except (OSError, ValueError, LookupError):
+        return 0.0
+
+
+def last_line(log: Path) -> str:
+    """The last line that a run printed."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+    return next((line for line in reversed(lines) if line.strip()), "it never began")
+
+
+# ------------------------------------------------------------------------------------------------------- the sweep
+
+
+def start_ray(address: str | None):
+    """Connect to a cluster or start Ray on this machine, with both signals as KeyboardInterrupt."""
+    try:
+        import ray
+    except ImportError:
+        raise ArgumentError("a sweep needs Ray: python -m pip install ray==2.60.0") from None
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    if not address:
+        options |= {"num_cpus": len(os.sched_getaffinity(0))} if hasattr(os, "sched_getaffinity") else {}
+        options |= {"object_store_memory": 100_000_000}  # nothing goes through it
+    # Under a shell's `&` SIGINT is ignored, in Ray's workers too: then no task could be cancelled.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ray.init(address=address or "local", **options)
+    except ConnectionError as error:
+        raise ArgumentError(f"--address {address}: no Ray cluster here ({str(error).splitlines()[0]})") from None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init, which takes it
+    return ray
+
+
+def run_all(args: Args, runs: dict[str, list[str]], root: Path, token: str) -> tuple[list[str], bool]:
+    """Do the runs. Returns a line for each that failed, and whether the sweep was stopped."""
+    ray = start_ray(args.address)
+    task = ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=args.retries)(execute)
+    pending = {}
+    for name, (script, *words) in runs.items():
+        if not (root / name / RESULTS).is_file():
+            command = [str(script_path(script)), *words]
+            pending[task.remote(command, root / name, os.getcwd(), token, args.retries)] = name
+    failed, stopped, stranger = [], False, None
+    bar_format = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total} runs, {elapsed} gone, {remaining} to go{postfix}"
+    bar = tqdm(total=len(runs), bar_format=bar_format, smoothing=0, disable=not sys.stderr.isatty())
+    bar.initial = bar.n = sum(done(root / name) for name in runs)
+    while pending:
+        try:
+            for ref in ray.wait(list(pending), timeout=2)[0]:
+                name, problem = pending.pop(ref), ""
+                try:
+                    stranger = ray.get(ref) or stranger
+                except ray.exceptions.RayError as error:  # a lost worker
+                    problem = f" ({str(error).strip().splitlines()[-1]})"
+                if (root / name / RESULTS).is_file():  # the folder is right after every kind of death, Ray is not
+                    bar.write(f"finished: {name}")
+                elif not stopped:
+                    bar.write(f"failed: {name}")
+                    failed.append(f"failed: {name}: {last_line(Path(f'{root / name}.log'))}{problem}")
+            bar.n = sum(done(root / name) for name in runs)
+            bar.set_postfix_str(f"{len(failed)} failed" if failed else "")
+            if stranger and not stopped:
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if stopped:
+                raise
+            stopped = True
+            bar.write("stopping: every run saves at the end of its episode (a second Ctrl-C ends at once)")
+            for ref in pending:
+                ray.cancel(ref)
+    bar.close()
+    ray.shutdown()
+    if stranger:
+        raise ArgumentError(f"--sweep-dir {args.sweep_dir}: is not on storage that {stranger} shares")
+    return failed, stopped
+
+
+def main(args: Args) -> None:
+    """Do all runs of a sweep that are not finished. Exit code 1 if a run failed, 130 if the sweep was stopped."""
+    cli.check_types(args)
+    runs = plan(list(args.commands), args.seeds)
+    record_plan(args.sweep_dir, runs)
+    root, token = args.sweep_dir.resolve(), f".shared-{uuid.uuid4().hex}"
+    finished = sum((root / name / RESULTS).is_file() for name in runs)
+    print(f"{args.sweep_dir}: {finished} of {len(runs)} runs finished")
+    if finished == len(runs):
+        return
+    (root / token).touch()
+    try:
+        failed, stopped = run_all(args, runs, root, token)
+    finally:
+        (root / token).unlink()
+    print("\n".join(failed), end="\n" * bool(failed))
+    if stopped:
+        print("stopped; the same command goes on")
+    raise SystemExit(130 if stopped else bool(failed))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a job's log shows lines as they come
+    cli.run(main, Args)

@@ -1,0 +1,435 @@
+"""common/sweep.py with a script that takes seconds; Ray itself in one test, a real script in another."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from common import cli, sweep
+from common.cli import ArgumentError
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKEN, LIMIT = ".shared-token", 120  # seconds that anything here may take on a busy machine
+
+# Like ours: a checkpoint at each step, SIGTERM ends it at the next one with exit code 143. `pids`: how it was called.
+FAKE = """
+import argparse, json, os, signal, sys, time
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+for name in ("--run-dir", "--resume"):
+    parser.add_argument(name, type=Path)
+for name, default in {"--seed": 0, "--steps": 4, "--pace": 0.01, "--mode": "plain", "--beta": 0.3}.items():
+    parser.add_argument(name, type=type(default), default=default)
+parser.add_argument("--quiet", action="store_true")
+args, stop = parser.parse_args(), []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+folder = args.resume or args.run_dir
+folder.mkdir(parents=True, exist_ok=True)
+checkpoint, rows, pids = folder / "checkpoint.pt", folder / "evaluations.csv", folder / "pids"
+first = not pids.exists()
+call = {"argv": sys.argv[1:], "cwd": os.getcwd(), "pid": os.getpid(), "parent": os.getppid()}
+with open(pids, "a") as file:
+    print(json.dumps(call | {"threads": os.environ.get("OMP_NUM_THREADS")}), file=file)
+begin = int(checkpoint.read_text()) if args.resume else 0
+if not args.resume:
+    assert not checkpoint.exists()
+    (folder / "config.json").write_text(json.dumps({"total_steps": args.steps}))
+if args.mode == "usage":
+    sys.exit("error: --beta 7.0: must be at most 1") if first else sys.exit(2)
+lines = rows.read_text().splitlines()[: begin + 1] if begin else ["global_step,value"]
+rows.write_text("\\n".join(lines) + "\\n")
+for step in range(begin + 1, args.steps + 1):
+    time.sleep(0 if (folder.parent / "hurry").exists() else args.pace)
+    with open(rows, "a") as file:
+        print(step, args.seed * step, sep=",", file=file)
+    checkpoint.with_suffix(".tmp").write_text(str(step))
+    os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    if stop or (args.mode == "drained" and first and step == 2):
+        sys.exit(143)
+    if args.mode == "fails" and step == 2:
+        print("stopped: actor is not finite at step 2\\n")
+        sys.exit(1)
+    if args.mode == "always killed" or (args.mode == "killed" and first and step == 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+(folder / "results.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    (tmp_path / "fake.py").write_text(FAKE)
+    return str(tmp_path / "fake.py")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / TOKEN).touch()
+    return tmp_path / "runs"
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def wait_until(condition, what):
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def calls(run_dir):
+    """How the script was started in a folder, each time."""
+    with contextlib.suppress(FileNotFoundError):
+        return [json.loads(line) for line in (run_dir / "pids").read_text().splitlines()]
+    return []
+
+
+def steps(run_dir):
+    with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
+        return int((run_dir / "evaluations.csv").read_text().splitlines()[-1].split(",")[0])
+    return 0
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# -------------------------------------------------------------------------------------------------------- the plan
+
+
+def plan(line, seeds=""):
+    return {name: " ".join(words) for name, words in sweep.plan(line.split(), seeds).items()}
+
+
+def test_several_values_are_a_grid_and_fixed_arguments_are_not_in_the_names():
+    assert plan("nbsp.py --quick --method sac nbsp --beta=0.3 --skill-proportion 0.1 .2") == {
+        "nbsp__method=sac__skill-proportion=0.1": "nbsp.py --quick --method sac --beta 0.3 --skill-proportion 0.1",
+        "nbsp__method=sac__skill-proportion=.2": "nbsp.py --quick --method sac --beta 0.3 --skill-proportion .2",
+        "nbsp__method=nbsp__skill-proportion=0.1": "nbsp.py --quick --method nbsp --beta 0.3 --skill-proportion 0.1",
+        "nbsp__method=nbsp__skill-proportion=.2": "nbsp.py --quick --method nbsp --beta 0.3 --skill-proportion .2",
+    }
+    assert plan("ssde.py --quick") == {"ssde": "ssde.py --quick"}
+    assert plan("ssde.py --lr -1 -2") == {"ssde__lr=-1": "ssde.py --lr -1", "ssde__lr=-2": "ssde.py --lr -2"}
+
+
+def test_seeds_are_those_of_every_command():
+    assert plan("ssde.py -- nbsp.py --quick", "1-2,7") == {
+        f"{script}__seed={seed}": f"{script}.py{quick} --seed {seed}"
+        for script, quick in (("ssde", ""), ("nbsp", " --quick"))
+        for seed in (1, 2, 7)
+    }
+    assert list(plan("ssde.py", "3")) == ["ssde__seed=3"]
+
+
+def test_commands_of_one_script_are_told_apart_by_what_differs():
+    assert list(plan("nbsp.py --quick --method nbsp -- nbsp.py --quick --method nbsp --layer-norm", "1-1")) == [
+        "nbsp__seed=1",
+        "nbsp__layer-norm__seed=1",
+    ]
+    assert list(plan("nbsp.py --method sac -- nbsp.py --method nbsp --k 3 -- ssde.py --method sac")) == [
+        "nbsp__method=sac",
+        "nbsp__method=nbsp__k=3",
+        "ssde",
+    ]
+
+
+def test_braces_of_the_shell_are_a_grid():
+    line = "printf '%s\\n' nbsp.py --method {sac,nbsp} --seed {1..3} --beta={0.1,0.2}"
+    words = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
+    assert words[2:4] == ["sac", "nbsp"]  # bash has expanded them before Python sees them
+    assert len(sweep.plan(words[:-2], "")) == 6
+
+
+def test_a_value_with_a_slash_is_no_folder_and_one_with_a_dot_is_not_cut(fake, folder):
+    commands = sweep.plan([fake, "--mode", "dmc/dog-run", "plain", "--beta", "0.3", "0.5"], "")
+    assert next(iter(commands)) == "fake__mode=dmc-dog-run__beta=0.3"
+    for name, command in commands.items():
+        assert sweep.execute(command, folder / name, str(ROOT), TOKEN, 0) is None
+    assert {path.name for path in folder.iterdir()} == {TOKEN, *commands, *(f"{name}.log" for name in commands)}
+
+
+@pytest.mark.parametrize(
+    ("line", "seeds", "message"),
+    [
+        ("", "", "nothing to run"),
+        ("--", "1-5", "nothing to run"),
+        ("nbsp", "", "-- nbsp: must be a script"),
+        ("nothing.py --x 1", "", "-- nothing.py: must be a script"),
+        ("nbsp.py reach", "", "-- nbsp.py reach: a value without its --name"),
+        ("nbsp.py --resume runs/x", "", "--resume: must be left out"),
+        ("nbsp.py --quick --run_dir=x", "", "--run-dir: must be left out"),
+        ("ssde.py -- nbsp.py --evaluate x", "", "-- nbsp.py --evaluate: must be left out"),
+        ("nbsp.py --seed 1", "1-5", "--seeds 1-5: -- nbsp.py has its own --seed"),
+        ("nbsp.py", "1-", "--seeds 1-: must be like 1-5 or 1,2,7"),
+        ("nbsp.py", "one", "--seeds one: must be like"),
+        ("nbsp.py --seed 1 2 1", "", "two runs are called nbsp__seed=1"),
+        ("nbsp.py --env a/b a-b", "", "two runs are called nbsp__env=a-b"),
+        ("nbsp.py --quick -- nbsp.py --quick", "", "two runs are called nbsp"),
+        ("nbsp.py", "5-1", "--seeds 5-1: must be like"),
+    ],
+)
+def test_what_cannot_be_planned_is_an_error(line, seeds, message):
+    with pytest.raises(ArgumentError, match=message):
+        sweep.plan(line.split(), seeds)
+
+
+def test_a_name_never_changes_its_meaning(tmp_path):
+    folder = tmp_path / "sweeps" / "x"
+
+    def record(line):
+        sweep.record_plan(folder, sweep.plan(line.split(), ""))
+
+    record("nbsp.py --beta 0.3 --seed 1 2")
+    record("nbsp.py --beta 0.3 --seed 2 3")  # more of the same
+    stored = (folder / "sweep.json").read_text()
+    assert list(json.loads(stored)) == [f"nbsp__seed={seed}" for seed in (1, 2, 3)]
+    with pytest.raises(ArgumentError, match=r"nbsp__seed=2: is another run already: nbsp.py --beta 0.3 --seed 2"):
+        record("nbsp.py --beta 0.5 --seed 2 4")
+    assert (folder / "sweep.json").read_text() == stored
+
+
+# --------------------------------------------------------------------------------------------------------- one run
+
+
+def test_a_run_is_quiet_in_the_callers_folder_and_leaves_a_log(fake, folder, tmp_path):
+    run_dir = folder / "fake__beta=0.3"
+    assert sweep.execute([fake, "--seed", "3"], run_dir, str(tmp_path), TOKEN, 2) is None
+    [call] = calls(run_dir)
+    assert call["argv"] == ["--seed", "3", "--run-dir", str(run_dir), "--quiet"] and call["cwd"] == str(tmp_path)
+    log = f"{sys.executable} {fake} --seed 3 --run-dir {run_dir} --quiet\n"
+    assert (folder / "fake__beta=0.3.log").read_text() == log
+    assert sweep.done(run_dir) == 1
+    sweep.execute([fake, "--seed", "3"], run_dir, str(tmp_path), TOKEN, 2)
+    assert len(calls(run_dir)) == 1  # it is finished
+
+
+@pytest.mark.parametrize(
+    ("mode", "retries", "times", "line"),
+    [
+        ("plain", 2, 1, "fake.py"),
+        ("killed", 2, 2, "fake.py"),
+        ("drained", 1, 2, "fake.py"),  # 143 that nobody here asked for
+        ("killed", 0, 1, "killed by signal 9"),
+        ("drained", 0, 1, "killed by signal 15"),
+        ("always killed", 2, 3, "killed by signal 9"),
+        ("fails", 2, 1, "stopped: actor is not finite at step 2"),
+        ("usage", 2, 1, "error: --beta 7.0: must be at most 1"),
+    ],
+)
+def test_a_killed_script_goes_on_and_a_failed_one_does_not(fake, folder, mode, retries, times, line):
+    run_dir = folder / "run"
+    sweep.execute([fake, "--mode", mode, "--seed", "2"], run_dir, str(ROOT), TOKEN, retries)
+    assert len(calls(run_dir)) == times and line in sweep.last_line(Path(f"{run_dir}.log"))
+    assert [call["argv"][4] for call in calls(run_dir)] == ["--run-dir"] + ["--resume"] * (times - 1)
+    finished = line == "fake.py"
+    assert (run_dir / "results.json").is_file() == finished and (sweep.done(run_dir) == 1) == finished
+    if finished:
+        assert (run_dir / "evaluations.csv").read_text() == "global_step,value\n1,2\n2,4\n3,6\n4,8\n"
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(fake, folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text("{}")
+    sweep.execute([fake], folder / "run", str(ROOT), TOKEN, 0)
+    assert calls(folder / "run")[0]["argv"][0] == "--run-dir" and sweep.done(folder / "run") == 1
+
+
+def test_a_stopped_run_saves_and_goes_on(fake, folder):
+    run_dir, line = folder / "run", [fake, "--steps", "40", "--pace", "0.05", "--seed", "1"]
+    timer = threading.Thread(target=lambda: (wait_until(lambda: steps(run_dir), "a step"), os.kill(os.getpid(), 2)))
+    timer.start()
+    assert sweep.execute(line, run_dir, str(ROOT), TOKEN, 2) is None  # no KeyboardInterrupt, no second attempt
+    timer.join()
+    saved = int((run_dir / "checkpoint.pt").read_text())
+    assert len(calls(run_dir)) == 1 and 0 < saved < 40 and sweep.done(run_dir) == saved / 40
+    sweep.execute(line, run_dir, str(ROOT), TOKEN, 2)
+    rows = [f"{step},{step}" for step in range(1, 41)]
+    assert (run_dir / "evaluations.csv").read_text().splitlines() == ["global_step,value", *rows]
+
+
+def test_a_second_worker_waits_for_the_script_of_a_lost_one(fake, folder):
+    """A machine that lost its network only: its script goes on, and must not meet another in its folder."""
+    run_dir = folder / "run"
+    line = [sys.executable, fake, "--steps", "10", "--pace", "0.05", "--run-dir", str(run_dir)]
+    with open(f"{run_dir}.log", "a") as log:
+        assert sweep.locked(log)
+        script = subprocess.Popen(line, stdout=log, stderr=log)
+    sweep.execute([fake, "--steps", "10"], run_dir, str(ROOT), TOKEN, 0)
+    assert script.poll() == 0 and len(calls(run_dir)) == 1
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    with open(tmp_path / "log", "a") as log, open(tmp_path / "log", "a") as again:
+        assert sweep.locked(log) and not sweep.locked(again)
+        monkeypatch.setattr(sweep.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
+        assert sweep.locked(again)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's end")
+def test_a_script_saves_and_ends_when_its_worker_is_killed(fake, folder):
+    run_dir, worker = folder / "run", os.fork()
+    if not worker:
+        sweep.execute([fake, "--steps", "2000", "--pace", "0.05"], run_dir, str(ROOT), TOKEN, 0)
+        os._exit(0)
+    wait_until(lambda: steps(run_dir) > 1, "a step")
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    wait_until(lambda: not alive(calls(run_dir)[0]["pid"]), "the script lives on")
+    assert int((run_dir / "checkpoint.pt").read_text()) == steps(run_dir)
+
+
+def test_where_the_folder_is_not_shared_nothing_runs(fake, folder):
+    host = sweep.execute([fake], folder / "run", str(ROOT), ".shared-other", 2)
+    assert host == os.uname().nodename and {path.name for path in folder.iterdir()} == {TOKEN}
+
+
+def test_how_far_a_run_is(tmp_path):
+    assert sweep.done(tmp_path) == 0
+    (tmp_path / "config.json").write_text('{"total_steps": 200}')
+    assert sweep.done(tmp_path) == 0
+    for text, share in (("global_step,task\n", 0), ("global_step,task\n50,a\n100,b\n", 0.5), ("", 0)):
+        (tmp_path / "evaluations.csv").write_text(text)
+        assert sweep.done(tmp_path) == share
+    (tmp_path / "results.json").write_text("{}")
+    assert sweep.done(tmp_path) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- the sweep
+
+
+def command(monkeypatch, capsys, *words):
+    """Exit code and output of `python -m common.sweep WORDS`, in this process, where Ray is not installed."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(sys, "argv", ["sweep", *map(str, words)])
+    try:
+        cli.run(sweep.main, sweep.Args)
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code
+    return code, capsys.readouterr()
+
+
+def test_without_ray_one_line_says_how_to_get_it(fake, folder, monkeypatch, capsys):
+    code, shown = command(monkeypatch, capsys, "--sweep-dir", folder, "--seeds", "1-2", "--", fake)
+    assert code == 2 and shown.err == "error: a sweep needs Ray: python -m pip install ray==2.60.0\n"
+    assert {path.name for path in folder.iterdir()} == {TOKEN, "sweep.json"}  # and no token of this sweep
+
+
+def test_a_finished_sweep_has_nothing_to_do(fake, folder, monkeypatch, capsys):
+    sweep.execute([fake, "--seed", "1"], folder / "fake__seed=1", str(ROOT), TOKEN, 0)
+    code, shown = command(monkeypatch, capsys, "--sweep-dir", folder, "--seeds", "1", "--", fake)
+    assert code == 0 and shown.out == f"{folder}: 1 of 1 runs finished\n"
+
+
+def test_a_bad_command_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    words = ("--sweep-dir", tmp_path / "x")
+    for more in (["--", "nbsp.py", "--resume", "y"], ["--cpus", "0", "--", "nbsp.py"], ["--address", "auto"]):
+        code, shown = command(monkeypatch, capsys, *words, *more)
+        assert code == 2 and shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+class Sweep:
+    """`python -m common.sweep` in a process of its own, started as a shell's `&` does: SIGINT is ignored."""
+
+    def __init__(self, folder, *words):
+        self.output = open(folder.parent / "output", "w+")  # noqa: SIM115
+        line = [sys.executable, "-m", "common.sweep", "--sweep-dir", str(folder), *words]
+        self.process = subprocess.Popen(
+            line,
+            cwd=ROOT,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
+
+    def end(self):
+        code = self.process.wait(LIMIT)
+        self.output.seek(0)
+        return code, self.output.read().splitlines()
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Address of a Ray cluster of its own, with a token of its own."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+    with socket.socket() as free, tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path: it holds sockets
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        line = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--temp-dir={folder}"]
+        line += [f"--port={port}", "--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats"]
+        head = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        yield f"127.0.0.1:{port}"
+        head.terminate()
+        head.wait(LIMIT)
+
+
+def test_a_sweep_on_ray(fake, tmp_path, cluster):
+    """A worker is killed, then the sweep; it goes on, is stopped, and goes on to its end on a running cluster."""
+    folder = tmp_path / "sweep"
+    words = ["--seeds", "1-2", "--", fake, "--steps", "3000", "--pace", "0.05"]
+    runs = [folder / "fake__seed=1", folder / "fake__seed=2"]
+
+    first = Sweep(folder, *words)
+    wait_until(lambda: all(steps(run_dir) > 1 for run_dir in runs), "two runs at once")
+    assert all(call["threads"] == "1" and call["cwd"] == str(ROOT) for run_dir in runs for call in calls(run_dir))
+    os.kill(calls(runs[0])[0]["parent"], signal.SIGKILL)  # Ray's worker
+    wait_until(lambda: len(calls(runs[0])) == 2, "another worker goes on")
+    before = steps(runs[0])
+    wait_until(lambda: steps(runs[0]) > before, "it goes on")
+    assert calls(runs[0])[1]["argv"][-3] == "--resume" and not alive(calls(runs[0])[0]["pid"])
+    os.kill(first.process.pid, signal.SIGKILL)
+    pids = [call["pid"] for run_dir in runs for call in calls(run_dir)]
+    wait_until(lambda: not any(map(alive, pids)), "a script lives on without the sweep")
+    first.end()
+
+    second = Sweep(folder, *words)
+    wait_until(lambda: [len(calls(run_dir)) for run_dir in runs] == [3, 2], "both go on")
+    reached = [steps(run_dir) for run_dir in runs]
+    wait_until(lambda: all(steps(run_dir) > n for run_dir, n in zip(runs, reached, strict=True)), "both go on")
+    os.kill(second.process.pid, signal.SIGINT)
+    code, lines = second.end()
+    assert code == 130 and lines[0].endswith("0 of 2 runs finished")
+    assert lines[1:] == [
+        "stopping: every run saves at the end of its episode (a second Ctrl-C ends at once)",
+        "stopped; the same command goes on",
+    ]
+    for run_dir in runs:
+        assert int((run_dir / "checkpoint.pt").read_text()) == steps(run_dir) < 3000
+    assert len(list(folder.glob(".shared*"))) == 1  # of the one that was killed
+
+    (folder / "hurry").touch()
+    other = shutil.copy(fake, tmp_path / "other.py")
+    code, lines = Sweep(folder, "--address", cluster, *words, "--", other, "--mode", "fails", "killed").end()
+    assert code == 1 and lines[0].endswith("0 of 6 runs finished")
+    names = [f"fake__seed={seed}" for seed in (1, 2)]
+    names += [f"other__mode={mode}__seed={seed}" for mode in ("killed", "fails") for seed in (1, 2)]
+    assert sorted(lines[1:7]) == sorted(["finished: " + n for n in names[:4]] + ["failed: " + n for n in names[4:]])
+    reason = "stopped: actor is not finite at step 2"
+    assert sorted(lines[7:]) == [f"failed: {name}: {reason}" for name in names[4:]]
+    for seed, run_dir in zip((1, 2), runs, strict=True):  # as if nothing had happened
+        rows = [f"{step},{seed * step}" for step in range(1, 3001)]
+        assert (run_dir / "evaluations.csv").read_text().splitlines() == ["global_step,value", *rows]
