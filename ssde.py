@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from common import cli, metrics
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.descriptions import encode_tasks, task_sentences
-from common.envs import env_sizes, get_rng_state, make_env, seed_of, set_rng_state, task_sequence
+from common.envs import env_sizes, make_env, seed_of, task_sequence
 from common.recorder import Recorder, evaluate_stored, reference_auc, restored
 
 LOG_EVERY = 1000  # environment steps between two points of the loss curves
@@ -103,13 +103,13 @@ class Args:
     learning_starts: NonNegativeInt = 10_000  # steps of each task before its first update; see `exploration_policy`
     gamma: Fraction = 0.99  # discount
     tau: Fraction = 0.005  # Polyak rate of the target critics
-    actor_lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--policy-lr",))] = 3e-4  # of actor and temperature
-    critic_lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--q-lr",))] = 3e-4  # Adam step size of the critics
+    actor_lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--policy-lr",))] = 3e-4  # Adam: actor and temperature
+    critic_lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--q-lr",))] = 3e-4  # Adam: the critics
     bounded_mean: bool = False  # the authors' head: mean through tanh first, std = softplus of a value in (-2, 2)
 
     # --- SSDE ---
 
-    method: Literal["ssde", "finetune", "scratch"] = "ssde"  # baselines: one dense policy trained on, or drawn anew
+    method: Literal["ssde", "finetune", "scratch"] = "ssde"  # baselines: one dense policy, trained on or drawn anew
     task_encoder: str = "bundled"  # bundled (shipped vectors of all-MiniLM-L6-v2), or a sentence-transformers name
     task_descriptions: str | None = None  # JSON file {task name: sentence} that replaces built-in sentences
     lambda_global: PositiveFloat = 1e-3  # sparsity over the global dictionary (Table VI); up to width 512 use 3e-2
@@ -384,19 +384,25 @@ class ReplayBuffer:
         # on a CPU, pages of zeros take no memory before they are written
         self.data = {name: torch.zeros(capacity, *size, device=device) for name, size in sizes.items()}
         self.capacity, self.added = capacity, 0
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # filled rows, where `sample` reads them
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
+
+    def set_added(self, added: int) -> None:
+        """So many transitions have been added; 0 empties the buffer."""
+        self.added = added
+        self.size.fill_(len(self))
 
     def add(self, **transition: np.ndarray | float) -> None:
         """Append one transition, over the oldest one when full."""
         for name, value in transition.items():
             self.data[name][self.added % self.capacity] = torch.as_tensor(value)
-        self.added += 1
+        self.set_added(self.added + 1)
 
     def sample(self, batch_size: int) -> dict[str, Tensor]:
-        """Uniform draws with replacement."""
-        rows = torch.randint(len(self), (batch_size,), device=self.data["reward"].device)
+        """Uniform draws with replacement. The bound is a tensor, so that one CUDA graph can draw while it changes."""
+        rows = torch.randint(2**62, (batch_size,), device=self.size.device) % self.size
         return {name: column[rows] for name, column in self.data.items()}
 
     def recent(self, count: int) -> dict[str, Tensor]:
@@ -411,7 +417,7 @@ class ReplayBuffer:
         return {"data": data, "added": self.added}
 
     def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
+        self.set_added(state["added"])
         for name, column in state["data"].items():
             self.data[name][: len(self)] = column
 
@@ -529,7 +535,7 @@ class Agent:
         """The task's training begins, with an empty buffer."""
         self.distilled = self.args.distill_steps
         self.start_from_here()
-        self.replay.added = 0
+        self.replay.set_added(0)
 
     def end_task(self) -> None:
         """The buffer stays as it is, for the next task's distillation."""
@@ -602,7 +608,7 @@ class Agent:
         if self.shared is None:
             return {}
         trainable, used = zip(*(self.shares(task) for task in range(self.task + 1)), strict=True)
-        report = {"used_capacity": used[-1], "trainable_shares": trainable, "resets": self.resets}
+        report = {"used_capacity": used[-1], "trainable_shares": list(trainable), "resets": self.resets}
         report["sentence_cosine"] = (self.embeddings @ self.embeddings.T).tolist()
         return report | {"mask_overlap": metrics.overlap(self.shared.neurons)}
 
@@ -677,7 +683,7 @@ def main(args: Args) -> dict:
     else:  # where the run is, and what comes from files, which may have changed or gone on resume
         sentences, reference = task_sentences(tasks, args.task_descriptions), reference_auc(args.reference, args, tasks)
         embeddings = torch.from_numpy(encode_tasks(sentences, args.task_encoder))
-        at = {"task": 0, "step": 0, "env": None, "embeddings": embeddings, "reference": reference}
+        at = {"task": 0, "step": 0, "episode": 0, "embeddings": embeddings, "reference": reference}
     agent = Agent(args, at["embeddings"].numpy(), *env_sizes(tasks[0]), device)
     if checkpoint:
         agent.load(checkpoint.pop("agent"))  # pop: the buffer's second copy is not kept
@@ -691,25 +697,22 @@ def main(args: Args) -> dict:
     recorder.begin(agent, at, checkpoint, agent.parameter_counts())
 
     for task in range(at["task"], len(tasks)):
-        start, step = task * steps, at["step"]  # of the run, of the task
+        start, step, episode = task * steps, at["step"], at["episode"]  # of the run; of the task
         if step == 0 and agent.shared:
             announce(agent, recorder, start)
-        env = make_task(tasks[task], seed=seed_of(args.seed, TRAIN_GOALS, task))
-        if at["env"]:
-            set_rng_state(env, at["env"])
+        env = make_task(tasks[task], seed=0)  # each episode has a seed of its own
         while agent.distilled < args.distill_steps and not recorder.stopped:
             loss = agent.distill()
             if agent.distilled % LOG_EVERY == 0 or agent.distilled == args.distill_steps:
                 recorder.require_finite("distillation loss", loss, start)
                 recorder.progress(start, task=tasks[task], distilled=agent.distilled)
 
-        while True:  # once per episode; between two of them an environment's future is its random state
-            at |= {"task": task, "step": step, "env": get_rng_state(env)}
+        while True:  # once per episode
+            at |= {"task": task, "step": step, "episode": episode}
             if recorder.evaluation_due(start + step, start, ended=step == steps):
                 recorder.require_finite_weights(agent, start + step)
                 seen = range(len(tasks) if args.eval_all else task + 1)
-                policy_of = lambda index: agent.policy_of(index).act  # noqa: E731
-                if recorder.evaluate(start + step, task, seen, policy_of, make_task, EVAL_GOALS):
+                if recorder.evaluate(start + step, task, seen, lambda i: agent.policy_of(i).act, make_task, EVAL_GOALS):
                     recorder.log(start + step, agent.plasticity())
             if recorder.checkpoint_due(start + step):
                 recorder.save(start + step, agent, at)
@@ -717,7 +720,7 @@ def main(args: Args) -> dict:
             if step == steps:
                 break
 
-            obs, _ = env.reset()
+            obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_GOALS, task, episode))
             policy = agent.exploration_policy() if step < args.learning_starts else agent.policy
             truncated, episode_return, success, episode_start = False, 0.0, 0.0, step
             while not truncated and step < steps:
@@ -734,14 +737,14 @@ def main(args: Args) -> dict:
                     if step % LOG_EVERY == 0:
                         recorder.losses(start + step, losses)
                         recorder.log(start + step, metrics.grad_norms(actor=agent.policy, critic=agent.critic.twins[0]))
-            length = step - episode_start
+            episode, length = episode + 1, step - episode_start
             recorder.episode(start + step, tasks[task], truncated, episode_return, length, success)
 
         env.close()
         agent.end_task()
         if task + 1 < len(tasks):
             agent.begin_task()
-        at |= {"task": task + 1, "step": 0, "env": None}
+        at |= {"task": task + 1, "step": 0, "episode": 0}
         recorder.save(start + step, agent, at)
 
     report = metrics.continual_report(recorder.rows, tasks, at["reference"]) | agent.allocation()
