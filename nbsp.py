@@ -36,7 +36,7 @@ No code of the authors is known. Where we differ from the paper (1, 3), and what
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -157,7 +157,7 @@ class SkillMasks:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """After the optimizer's step: w <- w_old + mask (w_new - w_old) (Eq. 6). A mask of 1 changes nothing."""
+        """After the optimizer's step: w <- w_old + mask (w_new - w_old) (Eq. 6), if these were remembered."""
         for (parameter, mask), old in zip(self.masked(), self.old, strict=False):
             torch.lerp(old, parameter, mask, out=parameter)
 
@@ -221,7 +221,7 @@ def dealt_anew(scores: list[Tensor], generator: torch.Generator) -> list[Tensor]
 
 
 def hidden_activations(levels: list[list[nn.Module]], forward) -> list[Tensor]:
-    """What the next layers read while `forward()` runs: (T, width) for each hidden layer."""
+    """What the first module of each next level reads while `forward()` runs: (T, width) for each hidden layer."""
     read, hooks = {}, []
     for i, (reader, *_) in enumerate(levels[1:]):
         hooks.append(reader.register_forward_pre_hook(lambda _, inputs, i=i: read.update({i: inputs[0]})))
@@ -299,7 +299,8 @@ class ReplayBuffer:
 class PreviousTasks(ReplayBuffer):
     """D_pre of Eq. 7: transitions of the tasks trained before, `capacity` in all, an equal share for each task.
 
-    One table that is filled in place. counts: the rows of each task, in the table's order.
+    One table that is filled in place. counts: the rows of each task in the table's order; one whose buffer held less
+    than its share gave what it had.
     """
 
     def __init__(self, *sizes):
@@ -307,10 +308,7 @@ class PreviousTasks(ReplayBuffer):
         self.counts: dict[int, int] = {}
 
     def add_task(self, task: int, replay: ReplayBuffer) -> None:
-        """Keep a uniform draw from the buffer of `task` in place of its older one; shrink the others to their share.
-
-        A task whose buffer held less than its share gives what it had.
-        """
+        """Keep a uniform draw from the buffer of `task` in place of its older one; shrink the others to their share."""
         parts, start = {}, 0
         for owner, count in self.counts.items():
             parts[owner] = {name: column[start : start + count] for name, column in self.data.items()}
@@ -318,7 +316,7 @@ class PreviousTasks(ReplayBuffer):
         parts[task] = {name: column[: len(replay)] for name, column in replay.data.items()}
         for owner, part in sorted(parts.items()):
             rows = torch.randperm(len(part["reward"]))[: self.capacity // len(parts)]
-            parts[owner] = {name: column[rows.to(column.device)] for name, column in part.items()}
+            parts[owner] = {name: column[rows.to(column.device)] for name, column in part.items()}  # copies
         self.counts = {owner: len(part["reward"]) for owner, part in sorted(parts.items())}
         self.set_added(sum(self.counts.values()))
         for name, column in self.data.items():
@@ -430,10 +428,8 @@ class Agent:
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.critic_lr, fused=True)
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.critic_lr, fused=True)
-        self.critic_loss, self.actor_loss = critic_loss, actor_loss
-        if args.compile:
-            self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
-
+        compiled = torch.compile if args.compile else lambda loss: loss
+        self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         self.replay = ReplayBuffer(min(args.buffer_size, args.steps_per_task), obs_dim, act_dim, device)
         self.previous = PreviousTasks(args.previous_buffer_size, obs_dim, act_dim, device)
         method = (args.skill_proportion, args.mask_factor, args.mask_target, args.mask_neurons)
@@ -448,7 +444,7 @@ class Agent:
         self.updates = 0
         self.losses: dict[str, Tensor] = {}  # the latest ones, 0-d; on batches of earlier tasks "previous/..."
 
-    def step(self, optimizer: torch.optim.Adam, loss: Tensor, masks: list[SkillMasks] = ()) -> None:
+    def step(self, optimizer: torch.optim.Adam, loss: Tensor, masks: Sequence[SkillMasks] = ()) -> None:
         """Gradients of the optimizer's own parameters, and its step, masked."""
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=optimizer.param_groups[0]["params"])

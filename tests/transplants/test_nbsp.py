@@ -1,6 +1,5 @@
 """NBSP's block in somebody else's SAC: it stands alone, keeps what the method promises, and equals the long form."""
 
-import math
 import subprocess
 import sys
 
@@ -188,13 +187,23 @@ def test_layers_held_in_any_way(target):
             torch.testing.assert_close(p.detach() - begun[p], wanted, atol=1e-6, rtol=0)
 
 
-def test_the_control_holds_as_many_random_neurons():
+def test_the_control_holds_as_many_random_neurons_and_neither_holds_a_dead_one():
     torch.manual_seed(0)
     actor, obs, q = nbsp_sac.Actor(32), torch.randn(60, 4), torch.rand(60)
+    actor.fc1.weight.data[3], actor.fc1.bias.data[3] = 0, -1
     layers = [actor.fc1, actor.fc2, [actor.fc_mean, actor.fc_logstd]]
-    arms = [LIFTED.SkillMasks(layers, choose=choose, seed=3) for choose in ("skill", "random")]
-    for arm in arms:
-        arm.end_task(0, lambda: actor(obs), q)
-    skill, control = (torch.cat(arm.masks) for arm in arms)
-    assert torch.equal(skill.sort().values, control.sort().values) and not torch.equal(skill, control)
-    assert math.isclose((control < 1).sum(), 13)
+    held = {}
+    for proportion in (0.2, 1.0):
+        for choose in ("skill", "random"):
+            masks = LIFTED.SkillMasks(layers, proportion, choose=choose, seed=3)
+            masks.end_task(0, lambda: actor(obs), q)
+            held[choose] = torch.cat(masks.masks)
+        skill, control = held["skill"], held["random"]
+        assert torch.equal(skill.sort().values, control.sort().values) and not torch.equal(skill, control)
+        assert (control < 1).sum() == (13 if proportion == 0.2 else 64 - sum(constant(actor, obs)))
+        assert skill[3] == control[3] == 1
+
+
+def constant(actor: nn.Module, obs: torch.Tensor) -> list[int]:
+    """How many neurons of each hidden layer are the same for all observations."""
+    return [int((h == h[0]).all(0).sum()) for h in metrics.hidden_features(actor, (obs,))]
