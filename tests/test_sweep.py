@@ -387,10 +387,29 @@ def cluster(monkeypatch):
         head.wait(LIMIT)
 
 
-def test_a_sweep_on_ray(fake, tmp_path, cluster):
-    """A worker is killed, then the sweep; it goes on, is stopped, and goes on to its end on a running cluster."""
+REAL = ["neuroplastic_expansion.py", "--env-id", "InvertedPendulum-v5", "--steps-per-task", "400"]
+REAL += ["--learning-starts", "100", "--hidden-dim", "16", "--batch-size", "16", "--topology-every", "50"]
+REAL += ["--eval-every", "100", "--eval-episodes", "2", "--seed", "2"]
+
+
+@pytest.fixture
+def plain_run(tmp_path, monkeypatch):
+    """Folder of a run of a real script, which goes on beside the test; Ray sets the number of threads, it does not."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    line = [sys.executable, *REAL, "--run-dir", str(tmp_path / "plain"), "--quiet"]
+    script = subprocess.Popen(line, cwd=ROOT)
+    yield tmp_path / "plain"
+    script.kill()
+    script.wait()
+
+
+def test_a_sweep_on_ray(fake, tmp_path, cluster, plain_run):
+    """A worker is killed, then the sweep; it goes on, is stopped, and goes on to its end on a running cluster.
+
+    There, in the end, a real script runs too: with the same bytes as outside of a sweep.
+    """
     folder = tmp_path / "sweep"
-    words = ["--seeds", "1-2", "--", fake, "--steps", "3000", "--pace", "0.05"]
+    words = ["--", fake, "--steps", "3000", "--pace", "0.05", "--seed", "1", "2"]
     runs = [folder / "fake__seed=1", folder / "fake__seed=2"]
 
     first = Sweep(folder, *words)
@@ -423,13 +442,14 @@ def test_a_sweep_on_ray(fake, tmp_path, cluster):
 
     (folder / "hurry").touch()
     other = shutil.copy(fake, tmp_path / "other.py")
-    code, lines = Sweep(folder, "--address", cluster, *words, "--", other, "--mode", "fails", "killed").end()
-    assert code == 1 and lines[0].endswith("0 of 6 runs finished")
-    names = [f"fake__seed={seed}" for seed in (1, 2)]
-    names += [f"other__mode={mode}__seed={seed}" for mode in ("killed", "fails") for seed in (1, 2)]
-    assert sorted(lines[1:7]) == sorted(["finished: " + n for n in names[:4]] + ["failed: " + n for n in names[4:]])
-    reason = "stopped: actor is not finite at step 2"
-    assert sorted(lines[7:]) == [f"failed: {name}: {reason}" for name in names[4:]]
+    words += ["--", other, "--mode", "fails", "killed", "--", *REAL]
+    code, lines = Sweep(folder, "--address", cluster, *words).end()
+    assert code == 1 and lines[0].endswith("0 of 5 runs finished")
+    finished = ["fake__seed=1", "fake__seed=2", "other__mode=killed", "neuroplastic_expansion"]
+    assert sorted(lines[1:6]) == sorted(["failed: other__mode=fails", *(f"finished: {name}" for name in finished)])
+    assert lines[6:] == ["failed: other__mode=fails: stopped: actor is not finite at step 2"]
     for seed, run_dir in zip((1, 2), runs, strict=True):  # as if nothing had happened
         rows = [f"{step},{seed * step}" for step in range(1, 3001)]
         assert (run_dir / "evaluations.csv").read_text().splitlines() == ["global_step,value", *rows]
+    rows = (folder / "neuroplastic_expansion" / "evaluations.csv").read_bytes()
+    assert rows == (plain_run / "evaluations.csv").read_bytes() and rows.count(b"\n") == 5
