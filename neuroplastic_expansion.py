@@ -178,7 +178,7 @@ class Topology:
 
     @torch.no_grad()
     def after_step(self, forward: Callable) -> None:
-        """When due: prune, then grow. `forward` calls the network on the batch: its activations tell who is dormant."""
+        """After the step, when due: prune, then grow. `forward` runs the network on the batch: who is dormant."""
         due, self.updates = self.due, self.updates + 1
         if not due:
             return
@@ -610,11 +610,8 @@ def final_metrics(agent: Agent, rows: list[dict], visits: list[str]) -> dict[str
     """What results.json holds beside the tasks' returns."""
     own = [row for row in rows if row["task"] == visits[row["phase"]]]
     at_end = [[row["episode_return"] for row in own if row["phase"] == phase][-1] for phase in range(len(visits))]
-    scalars = {name: float(value) for name, value in (agent.plasticity() | agent.method_scalars()).items()}
-    kept = ("density", "active_fraction", "srank", *metrics.DORMANT_TAUS)
-    names = [name for name in scalars if name.startswith("method/") or name.endswith(kept)]
     means = {"mean_return": float(np.mean([row["episode_return"] for row in own])), "return_at_visit_end": at_end}
-    return means | {name.partition("/")[2].replace("/", "_"): scalars[name] for name in names}
+    return means | {name: float(value) for name, value in (agent.plasticity() | agent.method_scalars()).items()}
 
 
 def main(args: Args) -> dict:

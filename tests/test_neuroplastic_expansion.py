@@ -607,11 +607,11 @@ def test_a_run_grows_from_a_fifth_to_full_size(finished_run):
     assert (densities[0] > 0.17).all() and (densities[0] <= 0.2).all()
     assert (densities[299:] == 1).all() and (densities[290] < 1).all()
     assert len(np.unique(densities[:, 1])) == 7  # the start and six topology updates of the critic
-    assert measured["actor_density"] == measured["critic_density"] == 1
-    assert measured["pruned_actor"] > 0 and measured["pruned_critic"] > 0
-    assert measured["grown_critic"] > measured["pruned_critic"]
+    assert measured["sparsity/actor/density"] == measured["sparsity/critic/density"] == 1
+    assert measured["method/pruned/actor"] > 0
+    assert measured["method/grown/critic"] > measured["method/pruned/critic"] > 0
     reviews = [False, *finished_run["reviews"][:-1]]
-    assert 0 < measured["review_share"] < 1 and measured["review_share"] == np.mean(reviews)
+    assert 0 < measured["method/review_share"] < 1 and measured["method/review_share"] == np.mean(reviews)
 
 
 def test_what_a_run_reports_is_what_its_files_and_masks_say(finished_run):
@@ -624,7 +624,7 @@ def test_what_a_run_reports_is_what_its_files_and_masks_say(finished_run):
     parameters, topologies = finished_run["results"]["parameters"], state["topologies"]
     for net in ("actor", "critic"):
         assert parameters[f"{net}_connections"] == sum(int(mask.sum()) for mask in topologies[net][0]["masks"])
-        assert measured[f"pruned_{net}"] == sum(topology["pruned"] for topology in topologies[net])
+        assert measured[f"method/pruned/{net}"] == sum(topology["pruned"] for topology in topologies[net])
     assert parameters["actor"] == sum(value.numel() for value in state["actor"].values())
     twin = [value for name, value in state["critic"].items() if name.startswith("twins.0.")]
     assert parameters["critic"] == sum(value.numel() for value in twin)
@@ -650,8 +650,8 @@ def test_tensorboard_has_the_named_scalars_with_their_values(finished_run):
     assert [value for _, value in densities[1:]] == pytest.approx(
         [finished_run["densities"][n][0] for n in (99, 199, 299, 399)]
     )
-    last = {name: events.Scalars(f"plasticity/critic/{name}")[-1].value for name in ("active_fraction", "srank")}
-    assert last == pytest.approx({name: finished_run["results"]["metrics"][f"critic_{name}"] for name in last})
+    measured = {n: v for n, v in finished_run["results"]["metrics"].items() if n.startswith(("plasticity/", "method/"))}
+    assert {name: events.Scalars(name)[-1].value for name in measured} == pytest.approx(measured)
 
 
 def test_metrics_are_those_of_the_actor_and_the_first_critic_on_recent_transitions(monkeypatch):
@@ -809,7 +809,7 @@ def test_it_learns_to_swing_up_a_pendulum(tmp_path):
     arguments |= {"topology_every": 100, "review_every": 100, "quiet": True}
     results = ne.main(Args(**arguments, run_dir=str(tmp_path / "run")))
     assert results["tasks"][0]["final_return"] > -400
-    assert results["metrics"]["critic_density"] == 1
+    assert results["metrics"]["sparsity/critic/density"] == 1
 
 
 # -------------------------------------------------------------------------------------------------- the command line
@@ -874,7 +874,7 @@ def test_the_command_leaves_every_file_and_ends_with_a_table(finished_run, tmp_p
     run = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr
     assert str(tmp_path / "run") in run.stdout.splitlines()[0]
-    assert "critic_density" in run.stdout and "Warning" not in run.stderr
+    assert "mean_return" in run.stdout and "Warning" not in run.stderr
     assert (tmp_path / "run" / "summary.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["script"] == SCRIPT and results["global_step"] == 600 and len(results["tasks"]) == 1
