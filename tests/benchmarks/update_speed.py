@@ -8,9 +8,10 @@ that of the tensors there. The line above the table gives the machine's matrix p
 on.
 """
 
+import copy
 import functools
 import importlib
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from common.descriptions import encode_tasks, task_sentences
+from common.envs import task_sequence
+from common.recorder import state_of
 
 
 @dataclass
@@ -62,60 +67,64 @@ def ssde_case(method: str, tasks: int, args: Args, full_size: bool = False) -> C
     import ssde
 
     script_args = ssde.Args(method=method, device=args.device, compile=args.compile)
-    sentences = [ssde.TASK_DESCRIPTIONS[task] for task in ssde.task_sequence("cw10")]
-    agent = ssde.Agent(script_args, ssde.encode_tasks(sentences, "bundled"), 39, 4, torch.device(args.device))
+    sentences = task_sentences(task_sequence("cw10"), None)
+    agent = ssde.Agent(script_args, encode_tasks(sentences, "bundled"), 39, 4, torch.device(args.device))
     for task in range(tasks):
         if task:
             agent.end_task()
-        agent.begin_task(task)
-    for column in agent.replay.data.values():
-        column.normal_()
-    agent.replay.added = agent.replay.capacity
+        agent.begin_task()
+    if agent.distilled < script_args.distill_steps:
+        agent.end_distillation()
+    fill(agent.replay)
     if full_size:
-        agent.policy = FullSizeMasked(agent.shared, tasks - 1).to(agent.device)
-        agent._new_policy_optimizer()
+        agent.policy = full_size_masked(agent)
+        agent.actor_optimizer = torch.optim.Adam(agent.policy.parameters(), lr=script_args.actor_lr, fused=True)
     observation = np.zeros(39, dtype=np.float32)
-    return Case(agent.update, lambda: agent.policy.act(observation), agent.state_dict)
+    return Case(agent.update, lambda: agent.policy.act(observation), lambda: state_of(agent))
 
 
-class FullSizeMasked(nn.Module):
+def full_size_masked(agent) -> nn.Module:
     """SSDE's policy as full-size matrices times masks at every forward pass, as the authors' code computes it."""
+    import ssde
 
-    def __init__(self, shared, task: int):
-        import ssde
+    class FullSizeMasked(ssde.Actor):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.bounded_mean, shared, task = False, agent.shared, agent.task
+            self.layers, self.scales, self.units = nn.ModuleList(), [], []
+            for name in shared.owner:
+                layer = copy.deepcopy(shared.network.get_submodule(name))
+                scale = {kind: torch.zeros_like(p) for kind, p in layer.named_parameters()}
+                for kind, (_, part, frozen) in shared.parts(task, name).items():
+                    scale[kind][part] = torch.where(frozen, shared.beta, shared.trainable_weight)
+                self.layers.append(layer)
+                self.scales.append(scale)
+            for indices in shared.neurons[task]:
+                self.units.append(torch.zeros(agent.args.hidden_dim, device=agent.device).index_fill(0, indices, 1))
 
-        super().__init__()
-        own, widths = shared.tasks[task], [len(bias) for bias in shared.biases]
-        self.weights = nn.ParameterList(shared.weights)
-        self.biases = nn.ParameterList(shared.biases)
-        self.log_std = nn.Linear(widths[-1], len(shared.weights[-1]))
-        self.scales, self.bias_scales, self.units = [], [], []
-        for layer, weight in enumerate(shared.weights):
-            scale = torch.zeros_like(weight)
-            scale[shared._block(own["neurons"], layer)] = own["trainable_weight"]
-            self.scales.append(torch.where(shared.used_weights[layer] & (scale > 0), own["beta"], scale))
-            if layer < len(widths):
-                units = torch.zeros(widths[layer], device=weight.device).index_fill(0, own["neurons"][layer], 1)
-                self.units.append(units)
-                self.bias_scales.append(
-                    torch.where(shared.used_biases[layer], own["beta"], own["trainable_weight"]) * units
-                )
-        self.act = functools.partial(ssde.TaskPolicy.act, self)
-        self.sample = functools.partial(ssde.TaskPolicy.sample, self)
+        def masked(self, i: int, x):
+            layer, scale = self.layers[i], self.scales[i]
+            bias = None if layer.bias is None else layer.bias * scale["bias"]
+            return nn.functional.linear(x, layer.weight * scale["weight"], bias)
 
-    def forward(self, x):
-        for layer, units in enumerate(self.units):
-            weight = self.weights[layer] * self.scales[layer]
-            x = nn.functional.linear(x, weight, self.biases[layer] * self.bias_scales[layer])
-            if layer == 0:
-                mean = (x * units).sum(1, keepdim=True) / units.sum()
-                centred = (x - mean) * units
-                variance = centred.square().sum(1, keepdim=True) / units.sum()
-                x = torch.tanh(centred * torch.rsqrt(variance + 1e-6))
-            else:
-                x = nn.functional.leaky_relu(x) * units
-        mean = nn.functional.linear(x, self.weights[-1] * self.scales[-1])
-        return mean, torch.exp(-5 + 3.5 * (torch.tanh(self.log_std(x)) + 1))
+        def forward(self, x):
+            for i, units in enumerate(self.units):
+                x = self.masked(i, x)
+                if i == 0:
+                    mean = (x * units).sum(1, keepdim=True) / units.sum()
+                    centred = (x - mean) * units
+                    variance = centred.square().sum(1, keepdim=True) / units.sum()
+                    x = torch.tanh(centred * torch.rsqrt(variance + 1e-6))
+                else:
+                    x = nn.functional.leaky_relu(x) * units
+            mean, raw = self.masked(len(self.units), x), self.masked(len(self.units) + 1, x)
+            return mean, torch.exp(-5 + 3.5 * (torch.tanh(raw) + 1))
+
+        @property
+        def mean(self):
+            return self.layers[-2]
+
+    return FullSizeMasked().to(agent.device)
 
 
 def ssde_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
@@ -137,16 +146,14 @@ def nbsp_case(method: str, args: Args, mask_target: str = "update") -> Case:
     script_args = nbsp.Args(method=method, mask_target=mask_target, device=args.device, compile=args.compile)
     device = torch.device(args.device)
     agent = nbsp.Agent(script_args, 39, 4, device)
-    for column in agent.replay.data.values():
-        column.normal_()
+    rollout = {"obs": torch.randn(5000, 39, device=device), "action": torch.rand(5000, 4, device=device)}
     for task in range(2):
-        agent.replay.added = agent.replay.capacity
-        scores = {net: [0.5 + torch.rand(256, device=device) / 2 for _ in range(2)] for net in agent.networks()}
-        agent.end_task(task, scores)
-    agent.replay.added = agent.replay.capacity
+        fill(agent.replay)
+        agent.end_task(task, rollout, torch.rand(5000, device=device))
+    fill(agent.replay)
     observation = np.zeros(39, dtype=np.float32)
     update, act = lambda: (agent.update(), agent.update()), lambda: agent.actor.act(observation)
-    return Case(update, act, agent.state_dict, updates=2)
+    return Case(update, act, lambda: state_of(agent), updates=2)
 
 
 def nbsp_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
@@ -167,14 +174,13 @@ def neuroplastic_expansion_case(method: str, in_review: bool, args: Args) -> Cas
 
     script_args = ne.Args(method=method, device=args.device, compile=args.compile)
     agent = ne.Agent(script_args, 17, 6, 975_000, torch.device(args.device))
-    for column in agent.replay.data.values():
-        column.normal_()
+    fill(agent.replay)
     agent.replay.data["terminated"].zero_()
-    agent.replay.added = agent.replay.capacity
     if in_review:
-        agent.change = 0.0
+        agent.review.change = 0.0
     observation = np.zeros(17, dtype=np.float32)
-    return Case(lambda: (agent.update(), agent.update()), lambda: agent.act(observation), agent.state_dict, updates=2)
+    update, act = lambda: (agent.update(), agent.update()), lambda: agent.explore(observation)
+    return Case(update, act, lambda: state_of(agent), updates=2)
 
 
 def neuroplastic_expansion_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
@@ -188,31 +194,29 @@ def neuroplastic_expansion_cases(args: Args) -> dict[str, Callable[[Args], Case]
 # --------------------------------------------------------------------------------------------- sparse_mtrl_gmp_set
 
 
-def gmp_set_case(arch: str, sparsify: str, args: Args, critic: bool = True) -> Case:
+def gmp_set_case(arch: str, method: str, args: Args, critic: bool = True) -> Case:
     """MT10 at the paper's sizes with a full buffer of random transitions, at the final sparsity."""
     import sparse_mtrl_gmp_set as gmp_set
 
-    options = {"arch": arch, "sparsify": sparsify, "sparsify_critic": critic, "compile": args.compile}
+    options = {"arch": arch, "method": method, "sparsify_critic": critic, "compile": args.compile}
     device = torch.device(args.device)
     agent = gmp_set.Agent(gmp_set.Args(**options), 10, 39, 4, device)
-    for column in agent.replay.data.values():
-        column.normal_()
-    agent.replay.added = agent.replay.capacity
-    if sparsify == "gmp":
-        agent.updates = agent.total_updates
-        agent.prune_networks()
+    fill(agent.replay)
+    for sparse in agent.sparse.values():
+        if method == "gmp":
+            sparse.set_masks(gmp_set.prune(*map(gmp_set.matrices, (sparse.weights, sparse.masks)), agent.args.sparsity))
     observations = np.zeros((10, 39), dtype=np.float32)
-    return Case(agent.update, lambda: agent.actor.act(observations), agent.state_dict)
+    return Case(agent.update, lambda: agent.actor.explore(observations), lambda: state_of(agent))
 
 
 def gmp_set_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
     case = functools.partial
     return {
-        "shared, dense": case(gmp_set_case, "shared", "none"),
+        "shared, dense": case(gmp_set_case, "shared", "dense"),
         "shared, GMP actor": case(gmp_set_case, "shared", "gmp", critic=False),
         "shared, GMP both": case(gmp_set_case, "shared", "gmp"),
         "shared, SET both": case(gmp_set_case, "shared", "set"),
-        "MOORE, dense": case(gmp_set_case, "moore", "none"),
+        "MOORE, dense": case(gmp_set_case, "moore", "dense"),
         "MOORE, GMP both": case(gmp_set_case, "moore", "gmp"),
     }
 
@@ -228,11 +232,12 @@ def mst_rigl_case(preset: str, args: Args, obs_dim: int = 67, act_dim: int = 21,
     """
     import mst_rigl
 
-    options = mst_rigl.PRESETS[f"preset {preset}"] | {"total_steps": 500_000, "compile": args.compile} | changes
+    options = mst_rigl.PRESETS.get(f"preset {preset}", {}) | {"total_steps": 500_000, "compile": args.compile} | changes
     agent = mst_rigl.Agent(mst_rigl.Args(**options), obs_dim, act_dim, torch.device(args.device))
     replay = agent.replay
     for name, column in replay.data.items():
         column.normal_() if name in ("obs", "action", "reward") else column.fill_(1)
+    replay.data["priority"][replay.capacity :] = 0  # rows that fill the last block
     replay.size = replay.capacity
     agent.copy_targets()
     rows = replay.sample_rows(agent.args.batch_size)
@@ -242,18 +247,18 @@ def mst_rigl_case(preset: str, args: Args, obs_dim: int = 67, act_dim: int = 21,
         agent.update_critic_and_actor(replay.sample_rows(agent.args.batch_size))
 
     observation = np.zeros(obs_dim, dtype=np.float32)
-    return Case(update, lambda: agent.act(observation, explore=True), agent.state_dict)
+    return Case(update, lambda: agent.act(observation, 0.2), lambda: state_of(agent))
 
 
 def mst_rigl_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
-    import mst_rigl
-
     cases = {
         "MR.Q, dense": functools.partial(mst_rigl_case, "mrq"),
         "MR.Q, RigL critic": functools.partial(mst_rigl_case, "mrq", critic_regime="rigl"),
         "MST": functools.partial(mst_rigl_case, "mst"),
     }
-    if mst_rigl.has_bf16(torch.device(args.device)):  # seconds a step elsewhere
+    hardware = torch.cpu.get_capabilities()
+    has_bf16 = any(has for name, has in hardware.items() if name.endswith("bf16")) or args.device == "cuda"
+    if has_bf16:  # seconds a step elsewhere
         cases["MR.Q, dense, bf16"] = functools.partial(mst_rigl_case, "mrq", bf16=True)
     return cases
 
@@ -263,6 +268,15 @@ def mst_scale_cases(args: Args) -> dict[str, Callable[[Args], Case]]:
     case = functools.partial(mst_rigl_case, "mst", obs_dim=223, act_dim=38, buffer_size=10_000)
     cases = {f"width {width}": functools.partial(case, width_scale=float(width)) for width in (1, 2, 3, 5)}
     return cases | {"width 5, depth 4": functools.partial(case, width_scale=5.0, depth_scale=4)}
+
+
+def fill(replay) -> None:
+    """Random transitions in every row of a replay buffer."""
+    for column in replay.data.values():
+        column.normal_()
+    replay.added = replay.capacity
+    if hasattr(replay, "size"):
+        replay.size.fill_(replay.capacity)
 
 
 CASES: dict[str, Callable[[Args], dict[str, Callable[[Args], Case]]]] = {
@@ -336,7 +350,9 @@ def print_peak_memory(args: Args) -> None:
         case.act()
     with tempfile.TemporaryFile() as file:
         torch.save(case.checkpoint(), file)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # the process's own high-water mark: ru_maxrss is inherited from the process that forked it
+    status = Path("/proc/self/status").read_text()
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
     print(torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else peak)
 
 
