@@ -14,6 +14,13 @@ Read first: `GMP` and `SET` with the functions above them, `MultiTaskNetwork` an
 Copy GMP and SET: `gmp_sparsity`, `drop_smallest`, `prune`, `evolve`, `erdos_renyi_counts`, `matrices`, `clear`,
 `SparseLayers`, `GMP`, `SET` (80 lines; tests/transplants/gmp_set_ppo.py does it).
 
+    sparse = GMP(layers, optimizer, total_updates)  # or SET(layers, optimizer)
+    ...
+    loss.backward()
+    sparse.before_step()  # before the clip of the gradient's norm
+    optimizer.step()
+    sparse.after_step()
+
 Copy ReDo: `clear`, `recycle` (43 lines; tests/transplants/gmp_set_ppo.py does it).
 
     python sparse_mtrl_gmp_set.py --quick                          # three easy tasks, small networks: minutes
@@ -134,7 +141,7 @@ class Args:
 
     intervention: Literal["none", "redo", "reset", "layernorm", "weight-decay"] = "none"  # reset: output layers anew
     redo_every: PositiveInt = 5000  # updates between recyclings of dormant units (Table 5)
-    dormant_threshold: NonNegativeFloat = 0.001  # ReDo's units score at most this; method/dormant_ratio (Table 5)
+    dormant_threshold: NonNegativeFloat = 0.001  # units that score at most this are dormant for ReDo (Table 5)
     reset_every: PositiveInt = 100_000  # updates between resets of the output layers, at most two of them (Table 5)
     weight_decay: NonNegativeFloat = 1e-6  # AdamW's coefficient (Table 5: too small to change a float32)
 
@@ -288,7 +295,7 @@ def recycle(levels: list, optimizer, forward: Callable, tau: float, masks: dict 
         fresh = torch.empty_like(weight).uniform_(-bound, bound) * masks.get(weight, 1)
         clear(weight, rows, optimizer)
         weight.add_(fresh * rows)
-        if layer.bias is not None:
+        if getattr(layer, "bias", None) is not None:
             clear(layer.bias, units.view_as(layer.bias), optimizer)
     for readers, units in zip(levels[1:], dormant, strict=True):  # last: a weight between two dormant units ends at 0
         for reader in readers:
