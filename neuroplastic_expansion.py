@@ -119,7 +119,7 @@ class Args:
     topology_every: PositiveInt = 10_000  # critic updates between topology updates
     topology_until: Share = 0.75  # share of all updates after which the final density is reached
     growth: Literal["gradient", "random", "none"] = "gradient"  # where connections grow; none: nothing is pruned either
-    prune: Literal["dormant", "magnitude", "none"] = "dormant"  # before growth: at dormant neurons, or smallest weights
+    prune: Literal["dormant", "magnitude", "none"] = "dormant"  # first pruned: dormant neurons' weights, or smallest
     prune_limit: Fraction = 0.4  # omega: at most this share of the scheduled growth of a layer is pruned
     dormant_threshold: NonNegativeFloat = 0.0  # dormant: mean activation at most this share of the layer's mean
     review: bool = True  # experience review
