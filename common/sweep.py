@@ -143,6 +143,8 @@ def execute(command: list[str], run_dir: Path, cwd: str, token: str, retries: in
 
     Returns: where SWEEP_DIR is not shared with this machine, the machine's name.
     """
+    # What starts under a shell's `&` ignores SIGINT, Ray's workers too: then no task could be cancelled.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not (run_dir.parent / token).is_file():
         return socket.gethostname()
     with open(f"{run_dir}.log", "a", encoding="utf-8") as log:  # with_suffix would cut beta=0.3
@@ -227,13 +229,12 @@ def start_ray(address: str | None):
     if not address:
         options |= {"num_cpus": len(os.sched_getaffinity(0))} if hasattr(os, "sched_getaffinity") else {}
         options |= {"object_store_memory": 100_000_000}  # nothing goes through it
-    # Under a shell's `&` SIGINT is ignored, in Ray's workers too: then no task could be cancelled.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         ray.init(address=address or "local", **options)
     except ConnectionError as error:
         raise ArgumentError(f"--address {address}: no Ray cluster here ({str(error).splitlines()[0]})") from None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init, which takes it
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.default_int_handler)  # after ray.init, which takes SIGTERM
     return ray
 
 

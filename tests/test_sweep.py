@@ -350,6 +350,10 @@ def test_a_bad_command_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def ignore_sigint():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Sweep:
     """`python -m common.sweep` in a process of its own, started as a shell's `&` does: SIGINT is ignored."""
 
@@ -361,7 +365,7 @@ class Sweep:
             cwd=ROOT,
             stdout=self.output,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            preexec_fn=ignore_sigint,
         )
 
     def end(self):
@@ -372,7 +376,7 @@ class Sweep:
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Address of a Ray cluster of its own, with a token of its own."""
+    """Address of a Ray cluster of its own, started as a shell's `&` does: SIGINT is ignored."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
     with socket.socket() as free, tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path: it holds sockets
@@ -381,7 +385,7 @@ def cluster(monkeypatch):
         free.close()
         line = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--temp-dir={folder}"]
         line += [f"--port={port}", "--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats"]
-        head = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        head = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, preexec_fn=ignore_sigint)
         yield f"127.0.0.1:{port}"
         head.terminate()
         head.wait(LIMIT)
@@ -404,9 +408,9 @@ def plain_run(tmp_path, monkeypatch):
 
 
 def test_a_sweep_on_ray(fake, tmp_path, cluster, plain_run):
-    """A worker is killed, then the sweep; it goes on, is stopped, and goes on to its end on a running cluster.
+    """A worker is killed, then the sweep; it goes on on a running cluster, is stopped, and goes on to its end.
 
-    There, in the end, a real script runs too: with the same bytes as outside of a sweep.
+    There a real script runs too: with the same bytes as outside of a sweep.
     """
     folder = tmp_path / "sweep"
     words = ["--", fake, "--steps", "3000", "--pace", "0.05", "--seed", "1", "2"]
@@ -425,7 +429,7 @@ def test_a_sweep_on_ray(fake, tmp_path, cluster, plain_run):
     wait_until(lambda: not any(map(alive, pids)), "a script lives on without the sweep")
     first.end()
 
-    second = Sweep(folder, *words)
+    second = Sweep(folder, "--address", cluster, *words)
     wait_until(lambda: [len(calls(run_dir)) for run_dir in runs] == [3, 2], "both go on")
     reached = [steps(run_dir) for run_dir in runs]
     wait_until(lambda: all(steps(run_dir) > n for run_dir, n in zip(runs, reached, strict=True)), "both go on")
