@@ -18,6 +18,12 @@ training loop are in tests/transplants/ne_td3.py).
 Copy with review: `Topology`, `erdos_renyi_counts`, `growth_progress`, `pick`, `dormant_neurons`, `Review`
 (125 lines; tests/transplants/ne_td3.py has both).
 
+    topology = Topology([fc1, fc2, fc3], optimizer, [target.fc1, ...], topology_every=10_000, topology_until=750_000)
+    loss.backward()
+    topology.before_step()
+    optimizer.step()
+    topology.after_step(lambda: critic(obs, action))
+
     python neuroplastic_expansion.py --quick                    # a small run: minutes on a laptop CPU
     python neuroplastic_expansion.py --env-id dmc/cheetah-run   # 1 M steps at the paper's sizes
 
