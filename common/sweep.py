@@ -247,7 +247,7 @@ def run_all(args: Args, runs: dict[str, list[str]], root: Path, token: str) -> t
         if not (root / name / RESULTS).is_file():
             command = [str(script_path(script)), *words]
             pending[task.remote(command, root / name, os.getcwd(), token, args.retries)] = name
-    failed, stopped, stranger = [], False, None
+    failed, stopped, stranger = {}, False, None
     bar_format = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total} runs, {elapsed} gone, {remaining} to go{postfix}"
     bar = tqdm(total=len(runs), bar_format=bar_format, smoothing=0, disable=not sys.stderr.isatty())
     bar.initial = bar.n = sum(done(root / name) for name in runs)
@@ -263,8 +263,8 @@ def run_all(args: Args, runs: dict[str, list[str]], root: Path, token: str) -> t
                     bar.write(f"finished: {name}")
                 elif not stopped:
                     bar.write(f"failed: {name}")
-                    failed.append(f"failed: {name}: {last_line(Path(f'{root / name}.log'))}{problem}")
-            bar.n = sum(done(root / name) for name in runs)
+                    failed[name] = f"failed: {name}: {last_line(Path(f'{root / name}.log'))}{problem}"
+            bar.n = sum(name in failed or done(root / name) for name in runs)
             bar.set_postfix_str(f"{len(failed)} failed" if failed else "")
             if stranger and not stopped:
                 raise KeyboardInterrupt
@@ -279,7 +279,7 @@ def run_all(args: Args, runs: dict[str, list[str]], root: Path, token: str) -> t
     ray.shutdown()
     if stranger:
         raise ArgumentError(f"--sweep-dir {args.sweep_dir}: is not on storage that {stranger} shares")
-    return failed, stopped
+    return list(failed.values()), stopped
 
 
 def main(args: Args) -> None:
