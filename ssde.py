@@ -202,9 +202,9 @@ class SharedPolicy:
     STATE = ("owner", "neurons", "own")  # and the network
 
     def __init__(self, network: nn.Module, hidden, heads, own_heads=(), beta=0.3, trainable_weight=None):
-        self.network, self.hidden, self.shared, self.own_heads = network, hidden, [*hidden, *heads], own_heads
+        self.network, self.hidden, self.layers, self.own_heads = network, hidden, [*hidden, *heads], own_heads
         self.beta, self.trainable_weight = beta, 1 - beta if trainable_weight is None else trainable_weight
-        weights = {name: network.get_submodule(name).weight for name in (*self.shared, *own_heads)}
+        weights = {name: network.get_submodule(name).weight for name in (*self.layers, *own_heads)}
         self.owner = {name: torch.full_like(w, NOBODY, dtype=torch.int32) for name, w in weights.items()}
         self.neurons, self.own = [], {}
 
@@ -245,13 +245,13 @@ class SharedPolicy:
     def end_task(self, policy: nn.Module) -> None:
         """Write the latest task's weights back to where they were cut out; it owns those that it trained first."""
         task = len(self.neurons) - 1
-        for name in self.shared:
+        for name in self.layers:
             parts = self.parts(task, name)
             for kind, (parameter, part, frozen) in parts.items():
                 parameter[part] = torch.where(frozen, parameter[part], getattr(policy.get_submodule(name), kind))
             owner, block = self.owner[name], parts["weight"][1]
             owner[block] = owner[block].clamp_max(task)
-        shared = tuple(f"{name}." for name in self.shared)
+        shared = tuple(f"{name}." for name in self.layers)
         self.own[task] = {key: v.clone() for key, v in policy.state_dict().items() if not key.startswith(shared)}
 
 
@@ -599,8 +599,8 @@ class Agent:
 
     def shares(self, task: int) -> tuple[list[float], list[float]]:
         """Per layer, the head last: trainable share of the task's weights; share of all weights that have an owner."""
-        frozen = [self.shared.parts(task, name)["weight"][2] for name in self.shared.shared]
-        owned = [self.shared.owner[name] < NOBODY for name in self.shared.shared]
+        frozen = [self.shared.parts(task, name)["weight"][2] for name in self.shared.layers]
+        owned = [self.shared.owner[name] < NOBODY for name in self.shared.layers]
         return [1 - f.float().mean().item() for f in frozen], [o.float().mean().item() for o in owned]
 
     def allocation(self) -> dict:

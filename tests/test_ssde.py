@@ -142,7 +142,7 @@ def test_cut_policy_and_its_gradients_equal_the_full_size_masked_formula(seed, w
             expected = gradients[len(oracle.weights) + layer][rows] * trainable
             torch.testing.assert_close(trained.bias.grad, expected, atol=1e-5, rtol=1e-4)
         shared.end_task(policy.float())
-        for name, psi in zip(shared.shared, oracle.psi, strict=True):
+        for name, psi in zip(shared.layers, oracle.psi, strict=True):
             assert torch.equal(shared.owner[name] < NOBODY, psi.bool())
 
 
@@ -176,7 +176,7 @@ def test_a_weight_between_two_old_neurons_that_no_task_joins_is_trainable():
     # layer 2 of the third task: rows 1, 3; columns 0, 2: 1<-0 was trained by task 0 and 3<-2 by task 1
     assert shared.parts(2, "hidden.1")["weight"][2].tolist() == [[True, False], [False, True]]
     assert shared.parts(2, "hidden.1")["bias"][2].tolist() == [True, True]
-    assert [float(shared.parts(2, name)["weight"][2].float().mean()) for name in shared.shared] == [1.0, 0.5, 1.0]
+    assert [float(shared.parts(2, name)["weight"][2].float().mean()) for name in shared.layers] == [1.0, 0.5, 1.0]
 
 
 def literal_lasso(embedding: np.ndarray, dictionary: np.ndarray, sparsity: float) -> np.ndarray:
@@ -549,7 +549,7 @@ def test_frozen_entries_never_get_a_gradient_or_a_moment():
         agent.reset_dormant()
         agent.update()
     checked = set()
-    for name in agent.shared.shared:
+    for name in agent.shared.layers:
         layer = agent.policy.get_submodule(name)
         for kind, (_, _, frozen) in agent.shared.parts(1, name).items():
             parameter = getattr(layer, kind)
@@ -659,7 +659,7 @@ def test_finished_policies_are_bit_identical_for_ever(finished_run):
 def test_weights_outside_a_tasks_mask_are_bit_identical_across_it(finished_run):
     shared = finished_run["agent"].shared
     borders = [*finished_run["weights"], weights(shared)]
-    kinds = [(name, "weight") for name in shared.shared] + [(name, "bias") for name in shared.hidden]
+    kinds = [(name, "weight") for name in shared.layers] + [(name, "bias") for name in shared.hidden]
     for task in range(3):
         for (name, kind), before, after in zip(kinds, borders[task], borders[task + 1], strict=True):
             _, part, frozen = shared.parts(task, name)[kind]
@@ -880,12 +880,12 @@ def test_what_would_never_happen_is_said(toy, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_it_learns_and_forgets_nothing(tmp_path, monkeypatch):
-    """Reach, then its mirror image. Without training a policy ends 0.3 or nearer in one episode of six.
+    """Reach, then its mirror image. To stay where one is succeeds in 7 % of the episodes.
 
     The same network trained on (`finetune`) loses the first task.
     """
     patch_toy(monkeypatch)
-    options = TOY | {"task_seq": "reach,push", "steps_per_task": 1200, "learning_starts": 200, "eval_episodes": 20}
+    options = TOY | {"task_seq": "reach,push", "steps_per_task": 800, "learning_starts": 100, "eval_episodes": 20}
     options |= {
         "hidden_dim": 48,
         "batch_size": 64,
@@ -894,12 +894,11 @@ def test_it_learns_and_forgets_nothing(tmp_path, monkeypatch):
         "gamma": 0.8,
         "reset_every": 100,
     }
-    options |= {"eval_every": 1200, "reset_every": 100, "reset_until": 700, "distill_steps": 200}
+    options |= {"eval_every": 800, "reset_every": 100, "reset_until": 500, "distill_steps": 200}
     final = {}
     for method in ("ssde", "finetune"):
         results = ssde.main(Args(**(options | {"method": method}), run_dir=str(tmp_path / method)))
         final[method] = results["metrics"]["success_at_run_end"]
-        print(method, results["metrics"]["success_at_phase_end"], final[method], results["metrics"].get("resets"))
     assert min(final["ssde"]) > 0.8 and final["finetune"][0] < 0.5 and final["finetune"][1] > 0.8
 
 
