@@ -136,13 +136,15 @@ def record_plan(sweep_dir: Path, runs: dict[str, list[str]]) -> None:
 # -------------------------------------------------------------------------------------------------------- one run
 
 
-def execute(command: list[str], run_dir: Path, cwd: str, token: str, retries: int) -> str | None:
+def execute(command: list[str], run_dir: Path, cwd: str, token: str, retries: int, gpus: float = 0) -> str | None:
     """One run, in a Ray worker: start or resume the script until it ends by itself. Its folder says how it went.
 
     token: name of a file that the sweep has put beside the run folders.
+    gpus: that the run takes; Ray names them in the environment. A run that takes none shall see none.
 
     Returns: where SWEEP_DIR is not shared with this machine, the machine's name.
     """
+    environment = os.environ | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     # What starts under a shell's `&` ignores SIGINT, Ray's workers too: then no task could be cancelled.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not (run_dir.parent / token).is_file():
@@ -156,7 +158,7 @@ def execute(command: list[str], run_dir: Path, cwd: str, token: str, retries: in
             if (run_dir / RESULTS).is_file():
                 break
             folder = "--resume" if (run_dir / CHECKPOINT).is_file() else "--run-dir"
-            code = attempt([sys.executable, *command, folder, str(run_dir), "--quiet"], cwd, log)
+            code = attempt([sys.executable, *command, folder, str(run_dir), "--quiet"], cwd, environment, log)
             signum = {128 + signal.SIGINT: signal.SIGINT, 128 + signal.SIGTERM: signal.SIGTERM}.get(code, -code)
             if signum <= 0:  # it has finished, or an error would come again
                 break
@@ -164,12 +166,11 @@ def execute(command: list[str], run_dir: Path, cwd: str, token: str, retries: in
     return None
 
 
-def attempt(line: list[str], cwd: str, log) -> int:
+def attempt(line: list[str], cwd: str, environment: dict[str, str], log) -> int:
     """Start a script and wait for its end. Returns its exit code; 0 if the sweep was stopped."""
     print(shlex.join(line), file=log, flush=True)
-    script = subprocess.Popen(
-        line, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent()
-    )
+    streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+    script = subprocess.Popen(line, cwd=cwd, env=environment, preexec_fn=end_with_parent(), **streams)
     try:
         while script.poll() is None:  # not wait(): a task is cancelled between two instructions of Python
             time.sleep(POLL_SECONDS)
@@ -219,8 +220,11 @@ def last_line(log: Path) -> str:
 # ------------------------------------------------------------------------------------------------------- the sweep
 
 
-def start_ray(address: str | None):
-    """Connect to a cluster or start Ray on this machine, with both signals as KeyboardInterrupt."""
+def start_ray(address: str | None, cpus: float, gpus: float):
+    """Connect to a cluster or start Ray on this machine, with both signals as KeyboardInterrupt.
+
+    Raises ArgumentError without Ray, without the cluster, and if no machine has what a run takes.
+    """
     try:
         import ray
     except ImportError:
@@ -233,6 +237,9 @@ def start_ray(address: str | None):
         ray.init(address=address or "local", **options)
     except ConnectionError as error:
         raise ArgumentError(f"--address {address}: no Ray cluster here ({str(error).splitlines()[0]})") from None
+    machines = [{"CPU": 0.0, "GPU": 0.0} | node["Resources"] for node in ray.nodes()]
+    if not any(machine["CPU"] >= cpus and machine["GPU"] >= gpus for machine in machines):
+        raise ArgumentError(f"--cpus {cpus} --gpus {gpus}: no machine has that many; a run would wait for ever")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.default_int_handler)  # after ray.init, which takes SIGTERM
     return ray
@@ -240,16 +247,16 @@ def start_ray(address: str | None):
 
 def run_all(args: Args, runs: dict[str, list[str]], root: Path, token: str) -> tuple[list[str], bool]:
     """Do the runs. Returns a line for each that failed, and whether the sweep was stopped."""
-    ray = start_ray(args.address)
+    ray = start_ray(args.address, args.cpus, args.gpus)
     task = ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=args.retries)(execute)
     pending = {}
     for name, (script, *words) in runs.items():
         if not (root / name / RESULTS).is_file():
             command = [str(script_path(script)), *words]
-            pending[task.remote(command, root / name, os.getcwd(), token, args.retries)] = name
+            pending[task.remote(command, root / name, os.getcwd(), token, args.retries, args.gpus)] = name
     failed, stopped, stranger = {}, False, None
     bar_format = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total} runs, {elapsed} gone, {remaining} to go{postfix}"
-    bar = tqdm(total=len(runs), bar_format=bar_format, smoothing=0, disable=not sys.stderr.isatty())
+    bar = tqdm(total=len(runs), bar_format=bar_format, smoothing=0, dynamic_ncols=True, disable=not sys.stderr.isatty())
     bar.initial = bar.n = sum(done(root / name) for name in runs)
     while pending:
         try:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import uuid
 from pathlib import Path
 
@@ -40,8 +41,9 @@ folder.mkdir(parents=True, exist_ok=True)
 checkpoint, rows, pids = folder / "checkpoint.pt", folder / "evaluations.csv", folder / "pids"
 first = not pids.exists()
 call = {"argv": sys.argv[1:], "cwd": os.getcwd(), "pid": os.getpid(), "parent": os.getppid()}
+call |= {"threads": os.environ.get("OMP_NUM_THREADS"), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
 with open(pids, "a") as file:
-    print(json.dumps(call | {"threads": os.environ.get("OMP_NUM_THREADS")}), file=file)
+    print(json.dumps(call), file=file)
 begin = int(checkpoint.read_text()) if args.resume else 0
 if not args.resume:
     assert not checkpoint.exists()
@@ -248,6 +250,13 @@ def test_a_killed_script_goes_on_and_a_failed_one_does_not(fake, folder, mode, r
         assert (run_dir / "evaluations.csv").read_text() == "global_step,value\n1,2\n2,4\n3,6\n4,8\n"
 
 
+def test_a_run_that_takes_no_gpu_sees_none(fake, folder, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # as Ray sets it for a worker
+    for gpus in (0, 0.25):
+        sweep.execute([fake], folder / str(gpus), str(ROOT), TOKEN, 0, gpus)
+    assert [calls(folder / name)[0]["gpus"] for name in ("0", "0.25")] == ["", "3"]
+
+
 def test_a_run_that_died_before_its_first_checkpoint_begins_anew(fake, folder):
     (folder / "run").mkdir()
     (folder / "run" / "config.json").write_text("{}")
@@ -328,6 +337,29 @@ def command(monkeypatch, capsys, *words):
     except SystemExit as leaving:
         code = leaving.code
     return code, capsys.readouterr()
+
+
+def test_ray_is_started_for_one_run_a_core_or_found_and_must_have_what_a_run_takes(monkeypatch):
+    started, machines = [], [{"Resources": {"CPU": 2.0}}, {"Resources": {"CPU": 1.0, "GPU": 1.0, "memory": 5.0}}]
+    stub = types.SimpleNamespace(init=lambda **options: started.append(options), nodes=lambda: machines)
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3}, raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    sweep.start_ray(None, 2, 0)
+    sweep.start_ray("auto", 1, 0.25)
+    assert started[0]["address"] == "local" and started[0]["num_cpus"] == 2 and "object_store_memory" in started[0]
+    assert set(started[1]) == {
+        "address",
+        "include_dashboard",
+        "log_to_driver",
+        "logging_level",
+    }
+    for cpus, gpus in ((3, 0), (2, 1), (1, 2)):
+        with pytest.raises(ArgumentError, match=f"--cpus {cpus} --gpus {gpus}: no machine has that many"):
+            sweep.start_ray("auto", cpus, gpus)
+    stub.init = lambda **_: (_ for _ in ()).throw(ConnectionError("Could not find any\nRay instance"))
+    with pytest.raises(ArgumentError, match=r"--address auto: no Ray cluster here \(Could not find any\)$"):
+        sweep.start_ray("auto", 1, 0)
 
 
 def test_without_ray_one_line_says_how_to_get_it(fake, folder, monkeypatch, capsys):
