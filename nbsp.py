@@ -580,8 +580,7 @@ def report_scores(agent: Agent, task: int, measure: str, recorder: Recorder, glo
         live = scores[~scores.isnan()]
         scalars[f"method/constant_neurons/{net}"] = constant = len(scores) - len(live)
         if len(live):
-            scalars[f"method/score/{net}"] = live  # a histogram
-            scalars[f"method/score_mean/{net}"] = live.mean()
+            scalars |= {f"method/score/{net}": live, f"method/score_mean/{net}": live.mean()}  # a histogram, a number
         if torch.cat(skill).any():
             scalars[f"method/skill_score_mean/{net}"] = scores[torch.cat(skill)].mean()
         widths = [int(layer.sum()) for layer in skill]
