@@ -55,7 +55,7 @@ class Buffer:
         return (torch.from_numpy(column[rows]) for column in (self.obs, self.act, self.rew, self.next_obs))
 
 
-def train(critic_regime="rigl", actor_regime="static", seed=1, steps=3000, start_steps=500, batch=64, watch=None):
+def train(critic_regime="rigl", actor_regime="static", seed=1, steps=4000, start_steps=500, batch=64, watch=None):
     """Train; -> the returns of all episodes. watch: called after each update with the local variables."""
     np.random.seed(seed)
     torch.manual_seed(seed)
