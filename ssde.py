@@ -176,13 +176,15 @@ class CoAllocatedLinear(nn.Module):
 
     def __init__(self, parts: dict[str, tuple[Tensor, Tensor]], beta: float, trainable_weight: float):
         super().__init__()
-        self.bias = None
+        self.bias, self.plain = None, trainable_weight == 1 and not any(frozen.any() for _, frozen in parts.values())
         for name, (values, frozen) in parts.items():
             setattr(self, name, nn.Parameter(values.masked_fill(frozen, 0)))
             self.register_buffer(f"{name}_gate", trainable_weight * (~frozen).to(values.dtype), persistent=False)
             self.register_buffer(f"{name}_constant", beta * values * frozen, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.plain:  # nothing to combine: the first task, a task's own heads
+            return F.linear(x, self.weight, self.bias)
         weight = torch.addcmul(self.weight_constant, self.weight, self.weight_gate)
         bias = None if self.bias is None else torch.addcmul(self.bias_constant, self.bias, self.bias_gate)
         return F.linear(x, weight, bias)
@@ -234,9 +236,8 @@ class SharedPolicy:
         small = {}
         for name in self.owner:
             parts = {kind: (p[part], frozen) for kind, (p, part, frozen) in self.parts(task, name).items()}
-            unscaled = task == 0 or name in self.own_heads  # nothing is frozen there
-            layer = CoAllocatedLinear(parts, self.beta, 1.0 if unscaled else self.trainable_weight)
-            small[id(self.network.get_submodule(name))] = layer
+            factor = 1.0 if task == 0 or name in self.own_heads else self.trainable_weight
+            small[id(self.network.get_submodule(name))] = CoAllocatedLinear(parts, self.beta, factor)
         policy = copy.deepcopy(self.network, small)  # what is in `small` stands for its copy
         policy.load_state_dict(self.own.get(task, {}), strict=False)
         return policy
@@ -251,8 +252,8 @@ class SharedPolicy:
                 parameter[part] = torch.where(frozen, parameter[part], getattr(policy.get_submodule(name), kind))
             owner, block = self.owner[name], parts["weight"][1]
             owner[block] = owner[block].clamp_max(task)
-        shared = tuple(f"{name}." for name in self.layers)
-        self.own[task] = {key: v.clone() for key, v in policy.state_dict().items() if not key.startswith(shared)}
+        own = [key for key in policy.state_dict() if key.rpartition(".")[0] not in self.layers]
+        self.own[task] = {key: policy.state_dict()[key].clone() for key in own}
 
 
 # ----------------------------------------------------------------------------------------- the method: dormant neurons
@@ -292,9 +293,8 @@ class DormantResets:
 def neuron_scores(layers: list[nn.Module], forward: Callable, obs: Tensor, metric="sensitivity") -> list[Tensor]:
     """How alive the neurons of each hidden layer are, 1 = the layer's mean: (width,) each.
 
-    "sensitivity" (Eq. 9): mean |y_i(x) - y_i(x')| of the layer's linear output, x' = x + 0.01 mean(x) the perturbed
-    observations; "activation" (ReDo, Sokar et al. 2023): mean |h_i|. Either is divided by its mean over the layer.
-    layers: as in `DormantResets`. forward: calls the policy on observations. obs (batch, obs_dim).
+    "sensitivity" (Eq. 9): mean |y_i(x) - y_i(x')| of the layer's linear output, x' = x + 0.01 mean(x) for observations
+    x (batch, obs_dim); "activation" (ReDo, Sokar et al. 2023): mean |h_i|. Either is divided by the layer's mean.
     """
     calls = []  # (input, linear output) of each layer, twice
     hooks = [layer.register_forward_hook(lambda _, inputs, y: calls.append((inputs[0], y))) for layer in layers]
