@@ -44,7 +44,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from sklearn.decomposition import sparse_encode
 from torch import Tensor, nn
 
 from common import cli, metrics
@@ -132,6 +131,8 @@ def sparse_prompt(embedding: np.ndarray, dictionary: np.ndarray, sparsity: float
 
     embedding (dimension,), dictionary (atoms, dimension), an atom per neuron -> boolean (atoms,).
     """
+    from sklearn.decomposition import sparse_encode  # it takes as long as PyTorch to import: where it is needed
+
     alpha = sparse_encode(embedding[None], dictionary, algorithm="lasso_lars", alpha=sparsity, max_iter=10_000)
     return alpha[0] > 0
 

@@ -71,7 +71,8 @@ def block(script: str, names: list[str]) -> tuple[str, str]:
 
 def line_count(body: str) -> int:
     """Lines of a block, docstrings and comments included, blank lines and imports not."""
-    return sum(bool(line.strip()) for line in body.splitlines())
+    imports = re.compile(r"\s*(import \w+|from [\w.]+ import )")
+    return sum(bool(line.strip()) and not imports.match(line) for line in body.splitlines())
 
 
 def lift(script: str, claim: int = 0) -> SimpleNamespace:
