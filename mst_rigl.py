@@ -14,7 +14,7 @@ Read first: `Topology` and `rigl_topology` (which weights exist), `Block` (the s
 Copy: `erdos_renyi_counts`, `rigl_fraction`, `rigl_topology` and `Topology` (75 lines;
 tests/transplants/rigl_sac.py and tests/transplants/rigl_td3.py do it).
 
-    python mst_rigl.py --quick                               # a small MST on one small task, some minutes on a CPU
+    python mst_rigl.py --quick                               # a small MST on a small task, two minutes on a CPU
     python mst_rigl.py --env-id dmc/dog-run                  # the paper's MST
     python mst_rigl.py --env-id dmc/dog-run --preset mrq     # MR.Q itself: every module dense
 
@@ -71,9 +71,9 @@ METRIC_BATCH = 1000  # recent steps on which plasticity is measured, at width 1
 TRAIN_EPISODES, EVAL_EPISODES = 1, 2  # streams of random numbers, see `seed_of`
 
 MRQ = {"encoder_type": 4, "critic_type": 4, "actor_type": 3, "critic_regime": "dense", "actor_regime": "dense"}
-QUICK = {"env_id": "InvertedPendulum-v5", "total_steps": 3000, "learning_starts": 500, "eval_every": 250}
+QUICK = {"env_id": "InvertedPendulum-v5", "total_steps": 4000, "learning_starts": 500, "eval_every": 500}
 QUICK |= {"eval_episodes": 5, "buffer_size": 10_000, "batch_size": 64, "gamma": 0.98, "target_update_every": 50}
-QUICK |= {"encoder_lr": 1e-3, "critic_lr": 1e-3, "actor_lr": 1e-3, "width_scale": 1 / 8, "rigl_every": 100}
+QUICK |= {"encoder_lr": 1e-3, "critic_lr": 1e-3, "width_scale": 1 / 8, "rigl_every": 100}
 PRESETS = {"quick": QUICK, "preset mrq": MRQ, "preset mst-362m": {"width_scale": 5.0, "depth_scale": 4}}
 
 BlockType = Literal[1, 2, 3, 4, 5, 6]
@@ -519,24 +519,17 @@ def multi_step_return(reward: Tensor, not_done: Tensor, gamma: float) -> tuple[T
 
 
 @torch.no_grad()
-def td_target(
-    targets: dict[str, nn.Module],
-    batch: dict[str, Tensor],
-    gamma: float,
-    noise_std: float,
-    noise_clip: float,
-    scale: Tensor,
-    old_scale: Tensor,
-) -> Tensor:
+def td_target(targets: dict, batch: dict, gamma: float, noise: float, clip: float, scales: list[Tensor]) -> Tensor:
     """MR.Q's regression target of the critics (batch, 1), in units of the reward scale.
 
     y = (n-step return + gamma^n not_done min Q'(s', pi'(s') + clipped noise) * old scale) / scale.
-    batch: what `ReplayBuffer.transitions` gives; scale, old_scale: mean |r|, 0-d, in whose units the critics are
-    trained now and their targets were.
+    targets: the target networks by name; batch: what `ReplayBuffer.transitions` gives; noise: standard deviation; clip:
+    largest noise; scales: mean |r| in whose units the critics learn now, and that in whose units the targets learned.
     """
+    scale, old_scale = scales
     reward, not_done = multi_step_return(batch["reward"], batch["not_done"], gamma)
     next_zs = targets["encoder"].zs(batch["next_obs"])
-    action_noise = (torch.randn_like(batch["action"]) * noise_std).clamp(-noise_clip, noise_clip)
+    action_noise = (torch.randn_like(batch["action"]) * noise).clamp(-clip, clip)
     next_action = (torch.tanh(targets["actor"](next_zs)) + action_noise).clamp(-1, 1)
     next_q = targets["critic"](targets["encoder"].zsa(next_zs, next_action)).amin(1, keepdim=True)
     return (reward + not_done * gamma**Q_HORIZON * next_q * old_scale) / scale
@@ -630,8 +623,7 @@ class Agent:
         encoder, critic, actor = self.networks.values()
         batch = self.replay.transitions(rows)
         with self.autocast(), torch.no_grad():
-            noise = args.target_noise, args.noise_clip
-            target = self.td_target(self.targets, batch, args.gamma, *noise, *self.scales)
+            target = self.td_target(self.targets, batch, args.gamma, args.target_noise, args.noise_clip, self.scales)
             zs = encoder.zs(batch["obs"])
             zsa = encoder.zsa(zs, batch["action"])
         with self.autocast():
