@@ -19,14 +19,17 @@ import sys
 import tokenize
 import types
 import typing
+import zipfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 from annotated_types import Ge, Gt, Interval, Le, Lt
+from filelock import FileLock, Timeout
 
-CHECKPOINT, CONFIG = "checkpoint.pt", "config.json"
+CHECKPOINT, CONFIG, LOCK = "checkpoint.pt", "config.json", ".lock"
+HELD: list[FileLock] = []  # of the folders that this process writes
 FORMAT = 2  # of config.json and checkpoint.pt; raised when an older run can no longer be read
 # What a field may hold. `check_types` enforces it, --help shows the choices of a Literal.
 PositiveInt = Annotated[int, Ge(1)]
@@ -55,8 +58,12 @@ class ArgumentError(ValueError):
         super().__init__(" ".join(message.splitlines()))  # what was typed, or a library's words, may hold line ends
 
 
+class RunError(Exception):
+    """A run that cannot go on, said in one line: exit code 1."""
+
+
 class NotFiniteError(ArithmeticError):
-    """A loss, weight or action that is not finite: exit code 1."""
+    """A loss, weight, action, reward or observation that is not finite: exit code 1."""
 
 
 class Interrupted(Exception):
@@ -93,6 +100,8 @@ def prepare(args, script: str, presets: dict[str, dict] | None = None):
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
     torch.manual_seed(args.seed)
+    if args.resume:
+        hold(args.resume)
     checkpoint = load_checkpoint(args.resume, script) if args.resume else None
     return args, checkpoint, torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
@@ -193,12 +202,33 @@ def stored_args(run_dir: str, cls: type) -> dict:
     return stored
 
 
+def hold(run_dir: str | Path) -> None:
+    """Keep a run's folder for this process until it is released or the process ends. Raises ArgumentError if taken."""
+    lock = FileLock(Path(run_dir) / LOCK, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ArgumentError(f"{run_dir}: another process is writing this run") from None
+    except OSError as error:
+        raise ArgumentError(f"{run_dir}: cannot be written ({error.strerror})") from None
+    HELD.append(lock)
+
+
+def release() -> None:
+    """Give the folders back that this process holds."""
+    while HELD:
+        HELD.pop().release(force=True)
+
+
 def load_checkpoint(run_dir: str, script: str, mmap: bool = False) -> dict:
     """Read `run_dir`/checkpoint.pt on the CPU. Loads tensors and plain values only: a stranger's file runs no code."""
     path = Path(run_dir) / CHECKPOINT
     if not path.is_file():
         raise ArgumentError(f"{path}: no checkpoint here")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums: a flipped bit would pass
+            if damaged := archive.testzip():
+                raise ValueError(f"checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # unpickling damaged bytes can raise anything
         raise ArgumentError(f"{path}: damaged or not a checkpoint ({type(error).__name__})") from None
@@ -289,12 +319,15 @@ def one_line(framed: str) -> str:
 
 def run(main, cls: type, presets: dict[str, dict] | None = None) -> None:
     """Run `main(parse_args(cls))` and turn what a user can cause into one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that knows fewer letters
     try:
         main(parse_args(cls, presets))
     except ArgumentError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except NotFiniteError as error:
+    except (NotFiniteError, RunError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except Interrupted as interrupt:

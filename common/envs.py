@@ -1,9 +1,8 @@
 """Environments of the five scripts: Meta-World, dm_control and Gymnasium behind one factory.
 
 ``make_env`` gives every environment the same interface: flat float32 observations, float32 actions in [-1, 1],
-``reset(seed=...)`` that reseeds, and termination told from truncation. ``get_rng_state`` and ``set_rng_state`` continue
-an environment bit for bit at an episode boundary. ``task_sequence`` and ``TASK_DESCRIPTIONS`` name Meta-World's tasks.
-``TaskEnvs`` and ``WorkerEnvs`` step several Meta-World tasks at once, in this process or in others.
+``reset(seed=...)`` that decides all of the episode, and termination told from truncation. ``task_sequence`` names
+Meta-World's tasks. ``TaskEnvs`` and ``WorkerEnvs`` step several of them at once, in this process or in others.
 """
 
 import contextlib
@@ -11,9 +10,12 @@ import ctypes.util
 import difflib
 import functools
 import importlib.util
+import math
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
+import random
+import secrets
 import signal
 import sys
 import types
@@ -23,7 +25,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
-from common.cli import ArgumentError
+from common.cli import ArgumentError, NotFiniteError
 from common.descriptions import TASK_DESCRIPTIONS
 
 if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
@@ -41,6 +43,7 @@ import mujoco
 # NumPy measures its float types once. The scripts flush denormal numbers, and measured after that it would warn.
 np.finfo(np.float32), np.finfo(np.float64)
 
+ENDLESS = 10_000  # steps after which an episode is cut where neither the environment nor the user has a limit
 MT50 = tuple(TASK_DESCRIPTIONS)
 MT10 = (
     "reach-v3",
@@ -280,32 +283,84 @@ class DMControlEnv(gym.Env):
 
 
 class _CommonInterface(gym.Wrapper):
-    """Flat float32 observations, float32 actions, float rewards, action repeat."""
+    """Flat float32 observations, actions in [-1, 1] for a Box of any bounds, float rewards, action repeat.
 
-    def __init__(self, env: gym.Env, action_repeat: int):
+    Raises NotFiniteError where the environment gives a reward or an observation that is not finite.
+    """
+
+    def __init__(self, env: gym.Env, env_id: str, action_repeat: int):
         super().__init__(env)
+        self.env_id, self.action_repeat, self.episode_step = env_id, action_repeat, 0
+        self.inner_space = env.action_space
+        self.low, self.high = (np.float64(bound) for bound in (self.inner_space.low, self.inner_space.high))
+        self.unit_bounds = bool(np.all(self.low == -1) and np.all(self.high == 1))
         size = int(np.prod(env.observation_space.shape))
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
-        self.action_repeat = action_repeat
-        fps = round(env.metadata.get("render_fps", 30) / action_repeat)
-        self.metadata = {**env.metadata, "render_fps": max(1, fps)}
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.low.size,), np.float32)
+        fps = round(env.metadata.get("render_fps") or 30) / action_repeat
+        self.metadata = {**env.metadata, "render_fps": max(1, round(fps))}
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """Begin an episode. A seed decides all of it, also where an environment draws from the global generators."""
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed)
+        self.episode_step = 0
         obs, info = self.env.reset(seed=seed, options=options)
-        return np.array(obs, dtype=np.float32).ravel(), info
+        return self._observation(obs), info
 
     def step(self, action: np.ndarray):
-        action = np.asarray(action, dtype=np.float32)
+        action = self._inner_action(action)
         total_reward = success = 0.0
         for _ in range(self.action_repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
-            total_reward += float(reward)
+            self.episode_step += 1
+            total_reward += np.asarray(reward, dtype=np.float64).item()
             if "success" in info:  # a success in a repeated step must not be lost
                 info["success"] = success = max(success, float(info["success"]))
             if terminated or truncated:
                 break
-        return np.array(obs, dtype=np.float32).ravel(), total_reward, terminated, truncated, info
+        if not math.isfinite(total_reward):
+            raise NotFiniteError(
+                f"{self.env_id}: the reward is {total_reward} in step {self.episode_step} of an episode"
+            )
+        return self._observation(obs), total_reward, bool(terminated), bool(truncated), info
+
+    def _inner_action(self, action: np.ndarray) -> np.ndarray:
+        """From [-1, 1] to the environment's own bounds, in its shape and type, never outside."""
+        action = np.asarray(action, dtype=np.float32).reshape(self.low.shape)
+        if not self.unit_bounds:  # in float64: rounded in float32 an action may lie outside
+            action = self.low + (np.float64(action) + 1) / 2 * (self.high - self.low)
+        return np.clip(action, self.low, self.high).astype(self.inner_space.dtype)
+
+    def _observation(self, obs: np.ndarray) -> np.ndarray:
+        obs = np.array(obs, dtype=np.float32).ravel()
+        if not np.isfinite(obs).all():
+            bad = obs[~np.isfinite(obs)][0]
+            raise NotFiniteError(f"{self.env_id}: an observation holds {bad} in step {self.episode_step} of an episode")
+        return obs
+
+
+def check_spaces(env_id: str, env: gym.Env) -> None:
+    """Raise ValueError, with what would work, unless observations and actions are vectors of numbers."""
+    observation, action = env.observation_space, env.action_space
+    wrappers = "gymnasium.wrappers"
+    if not isinstance(observation, gym.spaces.Box):
+        raise ValueError(
+            f"{env_id!r} has observation space {observation}: expected a Box; {wrappers}.FlattenObservation helps"
+        )
+    if len(observation.shape) > 1 and observation.dtype == np.uint8:
+        raise ValueError(
+            f"{env_id!r} has images as observations: expected vectors; {wrappers}.FlattenObservation helps"
+        )
+    if not isinstance(action, gym.spaces.Box) or not np.issubdtype(action.dtype, np.floating):
+        raise ValueError(f"{env_id!r} has action space {action}: expected a Box of floats")
+    if not action.shape or 0 in (*observation.shape, *action.shape):
+        raise ValueError(f"{env_id!r} has spaces {observation}, {action}: expected vectors of at least one number")
+    with np.errstate(all="ignore"):
+        spans = np.float64(action.high) - np.float64(action.low)
+    if not np.isfinite(spans).all():
+        raise ValueError(f"{env_id!r} has unbounded actions: expected finite bounds; {wrappers}.ClipAction helps")
 
 
 def can_draw() -> bool:
@@ -316,30 +371,32 @@ def can_draw() -> bool:
 def make_env(
     env_id: str,
     *,
-    seed: int,
+    seed: int | None = None,
     reward_version: str = "v2",
     max_episode_steps: int | None = None,
     action_repeat: int = 1,
     render_mode: str | None = None,
+    env_kwargs: dict | None = None,
 ) -> gym.Env:
     """Build an environment with observations Box(-inf, inf, (n,), float32) and actions Box(-1, 1, (m,), float32).
 
-    Actions are rescaled where the environment's own bounds differ from -1 and 1. ``reset()`` continues the random
-    stream that ``seed`` started, ``reset(seed=...)`` starts it anew (not that of ``action_space``, as in Gymnasium).
+    An episode that is begun by ``reset(seed=...)`` depends on that seed alone. Actions are mapped to the environment's
+    own bounds, shape and type. A reward or an observation that is not finite raises NotFiniteError.
 
     Args:
         env_id: Meta-World task ("hammer" or "hammer-v3"), "dmc/<domain>-<task>" ("dmc/cheetah-run"), or any Gymnasium
-            id with Box spaces ("HalfCheetah-v5").
-        seed: of the environment's generator and of ``action_space``.
+            id with Box spaces, as Gymnasium writes it ("HalfCheetah-v5", "module:Name-v0").
+        seed: of episodes that are begun without one.
         reward_version: Meta-World's reward function, "v2" (0 to 10 a step) or "v1".
         max_episode_steps: truncate after so many steps of the environment itself, before action repeat. None: 200 in
-            Meta-World (as Continual World), else the environment's own limit.
+            Meta-World (as Continual World), else the environment's own limit, or `ENDLESS` where it has none.
         action_repeat: apply each action so many times and sum the rewards, up to the episode's end.
         render_mode: None or "rgb_array" ((480, 480, 3) uint8 in Meta-World and dm_control).
+        env_kwargs: further arguments of a Gymnasium environment.
 
     Raises:
-        ValueError: unknown ``env_id`` (with the nearest known ones), one whose simulator is not installed, a space that
-            is not a Box, unbounded actions, or an argument outside what is allowed.
+        ValueError: unknown ``env_id`` (with the nearest known ones), one whose simulator is not installed, spaces that
+            do not fit (see `check_spaces`), or an argument outside what is allowed.
     """
     if reward_version not in ("v1", "v2"):
         raise ValueError(f"reward_version {reward_version!r}: expected 'v1' or 'v2'")
@@ -349,6 +406,7 @@ def make_env(
         raise ValueError(f"action_repeat {action_repeat}: expected at least 1")
     if max_episode_steps is not None and max_episode_steps < 1:
         raise ValueError(f"max_episode_steps {max_episode_steps}: expected at least 1")
+    seed = secrets.randbits(31) if seed is None else seed
 
     if _canonical(env_id) in TASK_DESCRIPTIONS:
         env = _make_meta_world(_canonical(env_id), seed, reward_version, max_episode_steps, render_mode)
@@ -360,54 +418,34 @@ def make_env(
         if max_episode_steps is not None:
             env = gym.wrappers.TimeLimit(env, max_episode_steps)
     else:
-        try:
-            gym.spec(env_id)
-        except gym.error.Error:
-            nearest = _nearest(env_id, [*MT50, *gym.registry, *_dm_control_tasks()])
-            raise ValueError(f"unknown environment {env_id!r}; nearest known: {nearest}") from None
-        limits = {"max_episode_steps": max_episode_steps, "render_mode": render_mode}
-        try:
-            env = gym.make(env_id, **limits, disable_env_checker=True)
-        except (gym.error.Error, ImportError) as error:  # its simulator is not installed, as of the ids before -v4
-            raise ValueError(f"{env_id!r} cannot be made: {' '.join(str(error).split())}") from None
-        env.unwrapped.np_random = gym.utils.seeding.np_random(seed)[0]
-
-    for name, space in (("observation", env.observation_space), ("action", env.action_space)):
-        if not isinstance(space, gym.spaces.Box):
-            raise ValueError(f"{env_id!r} has {name} space {space}: expected a Box")
-    if not env.action_space.is_bounded():
-        raise ValueError(f"{env_id!r} has unbounded actions: expected finite bounds")
-    if np.any(env.action_space.low != -1) or np.any(env.action_space.high != 1):
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    env = _CommonInterface(env, action_repeat)
+        env = _make_gymnasium(env_id, max_episode_steps, render_mode, env_kwargs or {})
+    check_spaces(env_id, env)
+    env = _CommonInterface(env, env_id, action_repeat)
     env.action_space.seed(seed)
     return env
 
 
-def get_rng_state(env: gym.Env) -> dict:
-    """The state of the generators that decide all that follows the next ``reset()``: environment and action space.
+def _make_gymnasium(env_id: str, max_episode_steps: int | None, render_mode: str | None, env_kwargs: dict) -> gym.Env:
+    """Any registered environment. Render mode and limits are asked for only where they are wanted."""
+    options = {name: value for name, value in (("render_mode", render_mode),) if value is not None}
+    try:
+        env = gym.make(env_id, max_episode_steps=max_episode_steps, disable_env_checker=True, **options, **env_kwargs)
+    except (gym.error.NameNotFound, gym.error.NamespaceNotFound, gym.error.VersionNotFound, gym.error.UnregisteredEnv):
+        nearest = _nearest(env_id, [*MT50, *gym.registry, *_dm_control_tasks()])
+        raise ValueError(f"unknown environment {env_id!r}; nearest known: {nearest}") from None
+    except Exception as error:  # its module or simulator is missing, its constructor refuses: anything can be raised
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{env_id!r} cannot be made: {words}") from None
+    limited = any(isinstance(layer, gym.wrappers.TimeLimit) for layer in layers_of(env))
+    return env if limited else gym.wrappers.TimeLimit(env, ENDLESS)
 
-    Take it between an episode's last step and the next reset, which draws the new goal and start. It holds plain Python
-    numbers, strings and dicts only, so ``torch.load(weights_only=True)`` accepts it.
-    """
-    if isinstance(env.unwrapped, DMControlEnv):
-        state = env.unwrapped.dm_env.task.random.get_state(legacy=False)
-        state["state"]["key"] = state["state"]["key"].tolist()
-    else:
-        state = env.unwrapped.np_random.bit_generator.state
-    return {"env": state, "action_space": env.action_space.np_random.bit_generator.state}
 
-
-def set_rng_state(env: gym.Env, state: dict) -> None:
-    """Continue from ``get_rng_state``: the next ``reset()`` of an environment made by the same call is bit-identical.
-
-    Restoring the physics instead would not be exact: solver warm starts and caches lie outside of it.
-    """
-    if isinstance(env.unwrapped, DMControlEnv):
-        env.unwrapped.dm_env.task.random.set_state(state["env"])
-    else:
-        env.unwrapped.np_random.bit_generator.state = state["env"]
-    env.action_space.np_random.bit_generator.state = state["action_space"]
+def layers_of(env: gym.Env) -> Iterable[gym.Env]:
+    """An environment's wrappers from the outside in, and itself."""
+    while isinstance(env, gym.Wrapper):
+        yield env
+        env = env.env
+    yield env
 
 
 def record_video(env: gym.Env, folder: Path) -> gym.Env:
@@ -432,9 +470,8 @@ class TaskEnvs:
         make = functools.partial(make_env, max_episode_steps=max_episode_steps, reward_version=reward_version)
         self.envs = [make(task, seed=seed) for task, seed in zip(tasks, seeds, strict=True)]
 
-    def reset(self, seeds: list[int] | None = None) -> np.ndarray:
-        """Begin an episode in every environment, of the seed of each: observations (tasks, obs_dim)."""
-        seeds = seeds or [None] * len(self.envs)
+    def reset(self, seeds: list[int]) -> np.ndarray:
+        """Begin an episode in every environment, with a seed for each: observations (tasks, obs_dim)."""
         return np.stack([env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)])
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -443,14 +480,6 @@ class TaskEnvs:
         obs, rewards, _, _, infos = zip(*steps, strict=True)
         successes = np.array([info["success"] for info in infos], dtype=np.float32)
         return np.stack(obs), np.array(rewards, dtype=np.float32), successes
-
-    def rng_states(self) -> list[dict]:
-        """The whole future of the environments at an episode's end."""
-        return [get_rng_state(env) for env in self.envs]
-
-    def set_rng_states(self, states: list[dict]) -> None:
-        for env, state in zip(self.envs, states, strict=True):
-            set_rng_state(env, state)
 
     def close(self) -> None:
         for env in self.envs:
@@ -487,18 +516,12 @@ class WorkerEnvs:
             pipe.send((method, argument))
         return [pipe.recv() for pipe in self.pipes]
 
-    def reset(self, seeds: list[int] | None = None) -> np.ndarray:
-        return np.concatenate(self._call("reset", [(seeds and seeds[part],) for part in self.parts]))
+    def reset(self, seeds: list[int]) -> np.ndarray:
+        return np.concatenate(self._call("reset", [(seeds[part],) for part in self.parts]))
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         results = self._call("step", [(actions[part],) for part in self.parts])
         return tuple(np.concatenate(column) for column in zip(*results, strict=True))
-
-    def rng_states(self) -> list[dict]:
-        return [state for states in self._call("rng_states", [()] * len(self.parts)) for state in states]
-
-    def set_rng_states(self, states: list[dict]) -> None:
-        self._call("set_rng_states", [(states[part],) for part in self.parts])
 
     def close(self) -> None:
         for pipe in self.pipes:

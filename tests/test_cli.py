@@ -4,10 +4,13 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -239,6 +242,42 @@ def test_bad_checkpoints_give_one_line_with_the_file(tmp_path, damage, mmap):
     with pytest.raises(ArgumentError, match=r"checkpoint\.pt: ") as error:
         cli.load_checkpoint(str(tmp_path), "script", mmap)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path, mmap):
+    path, generator = tmp_path / "checkpoint.pt", np.random.default_rng(0)
+    sound = {"script": "script", "format": cli.FORMAT, "x": torch.randn(300), "words": ["a"] * 20}
+    torch.save(sound, path)
+    whole, refused = path.read_bytes(), 0
+    for bit in generator.integers(8 * len(whole), size=150):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(flipped)
+        try:
+            loaded = cli.load_checkpoint(str(tmp_path), "script", mmap)
+        except ArgumentError:
+            refused += 1
+        else:
+            assert torch.equal(loaded["x"], sound["x"]) and loaded["words"] == sound["words"]
+    assert refused > 60, "the rest is padding and dates"
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    run = run_folder(tmp_path / "run")
+    code = f"from common.cli import hold; hold({str(run)!r}); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, cwd=Path(__file__).parent.parent) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ArgumentError, match="run: another process is writing this run"):
+            cli.prepare(Args(resume=str(run)), "test_cli")
+        cli.prepare(Args(evaluate=str(run)), "test_cli")  # reading is free
+        with pytest.raises(ArgumentError, match="another process"):
+            (run / "checkpoint.pt").unlink()
+            run_folder(run)
+        other.kill()  # the system gives it back, whatever ends the process
+    with pytest.raises(ArgumentError, match=r"checkpoint\.pt: no checkpoint here"):
+        cli.prepare(Args(resume=str(run)), "test_cli")
+    cli.release()
 
 
 def test_load_run_gives_arguments_and_weights(tmp_path):

@@ -1,13 +1,18 @@
 """A run's record: folder, files, checkpoints that are always whole, resume, signals, progress, pictures."""
 
 import csv
+import io
 import json
 import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -18,11 +23,12 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from common import cli
 from common import recorder as rec
-from common.cli import ArgumentError, Interrupted, NotFiniteError, load_checkpoint
+from common.cli import ArgumentError, Interrupted, NotFiniteError, RunError, load_checkpoint
 from common.recorder import Progress, Recorder, duration
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parent.parent
 
 
 @dataclass
@@ -37,6 +43,11 @@ class Args:
     quiet: bool = True
     track: bool = False
     wandb_project: str = "p"
+
+
+@dataclass
+class Nothing:
+    pass
 
 
 class Agent:
@@ -174,6 +185,16 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
             new_recorder(run_dir)
 
 
+def test_names_are_unique_and_short(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    label = ",".join(["button-press-topdown-wall-v3", "dmc/dog-run"] * 20)
+    runs = [Recorder(Args(seed=2**32 - 1), "neuroplastic_expansion", label, ["a"], [(9, 0)], None) for _ in range(5)]
+    for recorder in runs:
+        recorder.close()
+    names = {recorder.run_dir.name for recorder in runs}
+    assert len(names) == 5 and all(len(name) < 100 and re.fullmatch(r"[\w.+-]+", name) for name in names)
+
+
 def test_wandb_is_needed_only_with_track(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ArgumentError, match="pip install wandb"):
@@ -278,14 +299,24 @@ def test_a_value_that_is_not_finite_names_itself_the_step_and_the_last_good_chec
     recorder.require_finite("loss", torch.ones(3), 5)
     recorder.require_finite("action", np.zeros(2), 5)
     recorder.save(5, agent, {})
-    with pytest.raises(NotFiniteError, match=r"loss is not finite at step 7; .*checkpoint\.pt"):
+    with pytest.raises(NotFiniteError, match=r"^loss is not finite at step 7$"):
         recorder.require_finite("loss", torch.tensor([0.0, float("inf")]), 7)
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    for parameter, name in ((agent.network.bias, r"network\.bias"), (agent.log_alpha, "log_alpha")):
-        parameter.data.fill_(float("nan"))
+    agent.learn()
+    moment = agent.optimizer.state[agent.network.bias]["exp_avg_sq"]
+    everything = [(agent.network.bias, r"network\.bias"), (agent.log_alpha, "log_alpha")]
+    everything += [
+        (moment, r"optimizer\.state\.1\.exp_avg_sq"),
+        (agent.tensors["scores"][0]["actor"][0], "scores.0.actor.0"),
+    ]
+    for tensor, name in everything:
+        before_it = tensor.detach().clone()
+        tensor.data.view(-1)[-1] = float("nan")
         with pytest.raises(NotFiniteError, match=f"{name} is not finite at step 8"):
             recorder.save(8, agent, {})
-        parameter.data.zero_()
+        tensor.data.copy_(before_it)
+    recorder.close()
+    assert not list((tmp_path / "run").glob("*.tmp"))
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
@@ -331,9 +362,9 @@ def test_a_task_that_comes_twice_starts_alike_and_has_curves_of_its_own(tmp_path
 # ------------------------------------------------------------------------------------------------------------ signals
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", rec.SIGNALS)
 def test_a_signal_asks_to_stop_and_the_second_is_not_held_back(tmp_path, signum):
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in rec.SIGNALS}
     run_dir = tmp_path / "a run"
     recorder = new_recorder(run_dir, resume=None)
     assert not recorder.stopped
@@ -346,6 +377,119 @@ def test_a_signal_asks_to_stop_and_the_second_is_not_held_back(tmp_path, signum)
     assert interrupt.value.exit_code == 128 + signum
     command = str(interrupt.value).partition("go on with: ")[2]
     assert shlex.split(command) == ["python", "script.py", "--resume", str(run_dir)], "it can be pasted"
+
+
+def test_sighup_stays_ignored_where_it_was(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    recorder = new_recorder(tmp_path / "run")
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    recorder.close()
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            r"^No space left on device: \S*run; last good checkpoint: \S*run/checkpoint.pt, of",
+        ),
+        (
+            NotFiniteError("loss is not finite at step 7"),
+            r"^loss is not finite at step 7; last good checkpoint: .*, of step 5; go on",
+        ),
+        (ZeroDivisionError("a fault"), "^a fault$"),
+    ],
+)
+def test_whatever_ends_main_signals_and_folder_are_given_back(tmp_path, error, message):
+    handlers, hook = {s: signal.getsignal(s) for s in rec.SIGNALS}, threading.excepthook
+
+    @rec.recorded
+    def main(args):
+        recorder = new_recorder(tmp_path / "run")
+        recorder.save(5, Agent(1), {})
+        assert {s: signal.getsignal(s) for s in handlers} != handlers
+        raise error
+
+    expected = type(error) if isinstance(error, ZeroDivisionError) else RunError
+    with pytest.raises(expected, match=message) as raised:
+        main(None)
+    assert "\n" not in str(raised.value)
+    assert {s: signal.getsignal(s) for s in handlers} == handlers and threading.excepthook is hook
+    assert rec.OPEN == [] and cli.HELD == []
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_half_file(tmp_path):
+    code = f"""
+import resource, signal, sys, torch
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import test_recorder as t
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+@t.rec.recorded
+def main(args):
+    recorder, agent = t.new_recorder({str(tmp_path / "run")!r}), t.Agent(1)
+    recorder.save(5, agent, {{}})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as a disk that is full: errno in place of a write
+    agent.tensors["masks"][1] = torch.zeros(1_000_000)
+    recorder.losses(6, {{"q": torch.tensor(1.0)}})
+    recorder.save(6, agent, {{}})
+
+t.cli.run(main, t.Nothing)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
+    assert re.match(r"stopped: .*; last good checkpoint: .*checkpoint\.pt, of step 5; go on with: python", run.stderr)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert load_checkpoint(str(tmp_path / "run"), "script")["record"]["global_step"] == 5
+
+
+def test_closed_and_full_outputs_cost_nothing(tmp_path, monkeypatch):
+    class Full:
+        encoding = "ascii"
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        flush = isatty = lambda self: False
+
+    closed = io.StringIO()
+    closed.close()
+    for stream in (Full(), closed, None):  # None: closed by the shell
+        monkeypatch.setattr("sys.stdout", stream)
+        monkeypatch.setattr("sys.stderr", stream)
+        rec.say("a line")
+        progress = Progress([(1000, 0)], 0, None, quiet=False)
+        progress.line = (0, -1e9)
+        progress.move(10, {})
+        progress.close()
+        rec.print_results({"tasks": [], "metrics": {}, "global_step": 1, "steps_per_second": 1.0}, tmp_path)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("clock_back", [False, True])
+def test_tensorboard_has_each_point_once(tmp_path, monkeypatch, clock_back):
+    """The stop came between an evaluation's rows and the checkpoint, and after points at the checkpoint's own step."""
+    run_dir, agent = tmp_path / "run", Agent(1)
+    first = new_recorder(run_dir)
+    first.begin(agent, {}, None, {})
+    evaluate(first, 10)
+    first.save(10, agent, {})
+    first.losses(10, {"q": torch.tensor(7.0)})
+    evaluate(first, 20)
+    first.writer.flush()  # and is killed
+    now = time.time()
+    if clock_back:
+        monkeypatch.setattr(time, "time", lambda: now - 10_000)
+    second = new_recorder(run_dir, load_checkpoint(str(run_dir), "script"), resume=str(run_dir))
+    second.losses(10, {"q": torch.tensor(8.0)})
+    evaluate(second, 20)
+    second.save(20, agent, {})
+    second.close()
+    first.close()
+    events = read_events(run_dir)
+    assert sorted(e.step for e in events.Scalars("eval/success/a")) == [10, 20]
+    assert [(e.step, e.value) for e in events.Scalars("losses/q")] == [(10, 8.0)]
 
 
 def test_a_finished_run_that_is_resumed_prints_its_results_again(tmp_path, capsys):
