@@ -15,7 +15,6 @@ import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import random
-import secrets
 import signal
 import sys
 import types
@@ -224,7 +223,7 @@ def _fast_class(task: str) -> type:
 
 
 def _make_meta_world(
-    task: str, seed: int, reward_version: str, max_episode_steps: int | None, render_mode: str | None
+    task: str, seed: int | None, reward_version: str, max_episode_steps: int | None, render_mode: str | None
 ) -> gym.Env:
     """Continual World's ``random_init_all``: goal in the observation, new object and goal positions at each reset."""
     env = _fast_class(task)(reward_function_version=reward_version, render_mode=render_mode, camera_name="corner2")
@@ -288,11 +287,11 @@ class _CommonInterface(gym.Wrapper):
     Raises NotFiniteError where the environment gives a reward or an observation that is not finite.
     """
 
-    def __init__(self, env: gym.Env, env_id: str, action_repeat: int):
+    def __init__(self, env: gym.Env, env_id: str, action_repeat: int, seed: int | None = None):
         super().__init__(env)
-        self.env_id, self.action_repeat, self.episode_step = env_id, action_repeat, 0
+        self.env_id, self.action_repeat, self.seed, self.episode_step = env_id, action_repeat, seed, 0
         self.inner_space = env.action_space
-        self.low, self.high = (np.float64(bound) for bound in (self.inner_space.low, self.inner_space.high))
+        self.low, self.high = (np.asarray(side, np.float64) for side in (self.inner_space.low, self.inner_space.high))
         self.unit_bounds = bool(np.all(self.low == -1) and np.all(self.high == 1))
         size = int(np.prod(env.observation_space.shape))
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
@@ -302,6 +301,7 @@ class _CommonInterface(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         """Begin an episode. A seed decides all of it, also where an environment draws from the global generators."""
+        seed, self.seed = self.seed if seed is None else seed, None  # that of `make_env` begins the first episode
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed)
@@ -330,7 +330,8 @@ class _CommonInterface(gym.Wrapper):
         """From [-1, 1] to the environment's own bounds, in its shape and type, never outside."""
         action = np.asarray(action, dtype=np.float32).reshape(self.low.shape)
         if not self.unit_bounds:  # in float64: rounded in float32 an action may lie outside
-            action = self.low + (np.float64(action) + 1) / 2 * (self.high - self.low)
+            share = (action.astype(np.float64) + 1) / 2
+            action = self.low * (1 - share) + self.high * share
         return np.clip(action, self.low, self.high).astype(self.inner_space.dtype)
 
     def _observation(self, obs: np.ndarray) -> np.ndarray:
@@ -358,7 +359,7 @@ def check_spaces(env_id: str, env: gym.Env) -> None:
     if not action.shape or 0 in (*observation.shape, *action.shape):
         raise ValueError(f"{env_id!r} has spaces {observation}, {action}: expected vectors of at least one number")
     with np.errstate(all="ignore"):
-        spans = np.float64(action.high) - np.float64(action.low)
+        spans = np.asarray(action.high, np.float64) - np.asarray(action.low, np.float64)
     if not np.isfinite(spans).all():
         raise ValueError(f"{env_id!r} has unbounded actions: expected finite bounds; {wrappers}.ClipAction helps")
 
@@ -386,7 +387,7 @@ def make_env(
     Args:
         env_id: Meta-World task ("hammer" or "hammer-v3"), "dmc/<domain>-<task>" ("dmc/cheetah-run"), or any Gymnasium
             id with Box spaces, as Gymnasium writes it ("HalfCheetah-v5", "module:Name-v0").
-        seed: of episodes that are begun without one.
+        seed: of the first episode, if it is begun without one, and of ``action_space``.
         reward_version: Meta-World's reward function, "v2" (0 to 10 a step) or "v1".
         max_episode_steps: truncate after so many steps of the environment itself, before action repeat. None: 200 in
             Meta-World (as Continual World), else the environment's own limit, or `ENDLESS` where it has none.
@@ -406,8 +407,6 @@ def make_env(
         raise ValueError(f"action_repeat {action_repeat}: expected at least 1")
     if max_episode_steps is not None and max_episode_steps < 1:
         raise ValueError(f"max_episode_steps {max_episode_steps}: expected at least 1")
-    seed = secrets.randbits(31) if seed is None else seed
-
     if _canonical(env_id) in TASK_DESCRIPTIONS:
         env = _make_meta_world(_canonical(env_id), seed, reward_version, max_episode_steps, render_mode)
     elif env_id.startswith("dmc/"):
@@ -420,7 +419,7 @@ def make_env(
     else:
         env = _make_gymnasium(env_id, max_episode_steps, render_mode, env_kwargs or {})
     check_spaces(env_id, env)
-    env = _CommonInterface(env, env_id, action_repeat)
+    env = _CommonInterface(env, env_id, action_repeat, seed)
     env.action_space.seed(seed)
     return env
 
@@ -430,10 +429,10 @@ def _make_gymnasium(env_id: str, max_episode_steps: int | None, render_mode: str
     options = {name: value for name, value in (("render_mode", render_mode),) if value is not None}
     try:
         env = gym.make(env_id, max_episode_steps=max_episode_steps, disable_env_checker=True, **options, **env_kwargs)
-    except (gym.error.NameNotFound, gym.error.NamespaceNotFound, gym.error.VersionNotFound, gym.error.UnregisteredEnv):
-        nearest = _nearest(env_id, [*MT50, *gym.registry, *_dm_control_tasks()])
-        raise ValueError(f"unknown environment {env_id!r}; nearest known: {nearest}") from None
     except Exception as error:  # its module or simulator is missing, its constructor refuses: anything can be raised
+        if ":" not in env_id and env_id not in gym.registry:
+            nearest = _nearest(env_id, [*MT50, *gym.registry, *_dm_control_tasks()])
+            raise ValueError(f"unknown environment {env_id!r}; nearest known: {nearest}") from None
         words = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{env_id!r} cannot be made: {words}") from None
     limited = any(isinstance(layer, gym.wrappers.TimeLimit) for layer in layers_of(env))

@@ -1,7 +1,7 @@
 """Environments: bit-identity with Meta-World, seeding, exact resume, episode ends, actions, names, rendering."""
 
-import io
 import os
+import random
 
 import gymnasium as gym
 import metaworld.env_dict
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 from common import envs
-from common.envs import CW10, MT10, MT50, TASK_DESCRIPTIONS, TASK_SEQUENCES, get_rng_state, make_env, set_rng_state
+from common.cli import ArgumentError, NotFiniteError
+from common.envs import CW10, MT10, MT50, TASK_DESCRIPTIONS, TASK_SEQUENCES, make_env
 
 FAMILIES = ["push-v3", "dmc/ball_in_cup-catch", "HalfCheetah-v5"]
 
@@ -183,34 +184,49 @@ def test_seeding(env_id):
 
 
 @pytest.mark.parametrize("env_id", FAMILIES)
-def test_resume_at_an_episode_boundary_is_exact(env_id):
-    env = make_env(env_id, seed=7, max_episode_steps=12)
-    episodes(env, 2)
-    file = io.BytesIO()
-    torch.save(get_rng_state(env), file)
-    file.seek(0)
-    expected = episodes(env, 3)
+def test_the_seed_of_an_episode_decides_all_of_it_whatever_came_before(env_id):
+    def episode(env, seed):
+        actions, rows = np.random.default_rng(seed), [env.reset(seed=seed)[0]]
+        for _ in range(12):
+            obs, reward, *_ = env.step(actions.uniform(-1, 1, env.action_space.shape))
+            rows.append(np.append(obs, reward))
+        return rows
 
-    state = torch.load(file, weights_only=True)
-    resumed = make_env(env_id, seed=7, max_episode_steps=12)
-    set_rng_state(resumed, state)
-    assert identical(episodes(resumed, 3), expected)
-    set_rng_state(resumed, state)  # and again in an environment with a past
-    assert identical(episodes(resumed, 3), expected)
+    fresh, used = make_env(env_id, max_episode_steps=12), make_env(env_id, seed=5, max_episode_steps=12)
+    episodes(used, 2)
+    first = episode(used, 3)
+    assert identical(first, episode(fresh, 3)) and not identical(first, episode(fresh, 4))
+    assert identical(first, episode(used, 3))
 
 
-@pytest.mark.parametrize("env_id", FAMILIES)
-def test_rng_state_is_plain_python(env_id):
-    def check(value):
-        assert type(value) in (int, float, str, list, dict)
-        if isinstance(value, dict | list):
-            for entry in value.values() if isinstance(value, dict) else value:
-                check(entry)
+class GlobalDraws(gym.Env):
+    """Draws its noise from the global generators, as many environments do."""
 
-    env = make_env(env_id, seed=0)
-    env.reset()
-    env.action_space.sample()
-    check(get_rng_state(env))
+    observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        return self.noise(), {}
+
+    def step(self, action):
+        return self.noise(), 0.0, False, False, {}
+
+    def noise(self):
+        return np.array([np.random.normal(), random.random()])
+
+
+def registered(monkeypatch, entry_point, name="Own-v0", **options) -> str:
+    monkeypatch.setitem(gym.registry, name, gym.envs.registration.EnvSpec(name, entry_point=entry_point, **options))
+    return name
+
+
+def test_environments_that_draw_from_the_global_generators_are_seeded_too(monkeypatch):
+    env = make_env(registered(monkeypatch, GlobalDraws))
+    torch.manual_seed(0)
+    first = [env.reset(seed=7)[0], env.step(np.zeros(1))[0]]
+    drawn = torch.rand(())
+    assert identical([env.reset(seed=7)[0], env.step(np.zeros(1))[0]], first)
+    torch.manual_seed(0)
+    assert torch.rand(()) == drawn, "the training's own draws are PyTorch's, and stay apart"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +264,7 @@ def test_termination():
 
 
 def test_actions_within_unit_bounds_pass_bit_for_bit():
-    action = np.array([-0.0, 1e-42, -1, 1, 0.1, 1.5], dtype=np.float32)
+    action = np.array([-0.0, 1e-42, -1, 1, 0.1, -0.7], dtype=np.float32)
     assert received_action(make_env("HalfCheetah-v5", seed=0), action).tobytes() == action.tobytes()
     assert received_action(make_env("push", seed=0), action[:4]).tobytes() == action[:4].tobytes()
     assert received_action(make_env("dmc/cheetah-run", seed=0), action).tobytes() == action.tobytes()
@@ -318,19 +334,136 @@ def test_bad_arguments_give_one_line(env_id, arguments, message):
     assert "\n" not in str(error.value)
 
 
-class UnboundedActions(gym.Env):
-    observation_space = gym.spaces.Box(-1, 1, (2,))
-    action_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+class Own(gym.Env):
+    """Knows nothing of rendering; records the actions that it gets."""
 
-    def __init__(self, render_mode=None):
-        pass
+    def __init__(self, action_space, observation_space=None, reward=1.0, obs=None):
+        self.action_space = action_space
+        self.observation_space = observation_space or gym.spaces.Box(-1, 1, (2,))
+        self.reward, self.obs, self.actions = reward, obs, []
+
+    def observation(self):
+        return self.observation_space.sample() if self.obs is None else self.obs
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.actions.append(action)
+        return self.observation(), self.reward, False, False, {}
 
 
-def test_unbounded_actions_are_refused(monkeypatch):
-    spec = gym.envs.registration.EnvSpec("Unbounded-v0", entry_point=UnboundedActions)
-    monkeypatch.setitem(gym.registry, "Unbounded-v0", spec)
-    with pytest.raises(ValueError, match="unbounded actions"):
-        make_env("Unbounded-v0", seed=0)
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_every_action_lies_in_the_environments_own_space(data):
+    dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
+    shape = data.draw(st.sampled_from([(1,), (3,), (2, 2)]))
+    span = {np.float16: 6e4, np.float32: 2.0**100, np.float64: 2.0**1000}[dtype]
+    bound = st.floats(-span, span, width=np.dtype(dtype).itemsize * 8)
+    pairs = [sorted(data.draw(st.tuples(bound, bound))) for _ in range(int(np.prod(shape)))]
+    low, high = (np.array(side, dtype).reshape(shape) for side in zip(*pairs, strict=True))
+    inner = Own(gym.spaces.Box(low, high, shape, dtype))
+    env = envs._CommonInterface(inner, "own", 1)
+    env.reset(seed=0)
+    numbers = st.floats(-1, 1, width=32) | st.sampled_from([-1.0, 1.0, -1.5, 7.0])
+    action = np.array(data.draw(st.lists(numbers, min_size=low.size, max_size=low.size)), np.float32)
+    env.step(action)
+    share = (np.clip(action, -1, 1).astype(np.float64).reshape(shape) + 1) / 2
+    with np.errstate(over="ignore"):
+        expected = (low * (1 - share) + high * share).astype(dtype)
+    assert np.array_equal(inner.actions[0], np.clip(expected, low, high))
+    for end, corner in ((-1, low), (1, high)):
+        env.step(np.full(low.size, end))
+        assert np.array_equal(inner.actions[-1], corner), "the bounds themselves can be reached"
+
+
+BOX, SMALL = gym.spaces.Box, gym.spaces.Box(-1, 1, (2,))
+
+
+@pytest.mark.parametrize(
+    ("action", "observation", "message"),
+    [
+        (gym.spaces.Discrete(3), SMALL, r"action space Discrete\(3\): expected a Box of floats"),
+        (BOX(0, 5, (2,), np.int64), SMALL, "expected a Box of floats"),
+        (BOX(-np.inf, np.inf, (2,)), SMALL, "unbounded actions.*ClipAction"),
+        (BOX(np.array([-1.0, -np.inf]), np.array([1.0, 1.0]), dtype=np.float64), SMALL, "unbounded actions"),
+        (BOX(-1.7e308, 1.7e308, (2,), np.float64), SMALL, "unbounded actions"),
+        (BOX(-1, 1, (0,)), SMALL, "vectors of at least one number"),
+        (BOX(-1, 1, ()), SMALL, "vectors of at least one number"),
+        (gym.spaces.Tuple([SMALL]), SMALL, "expected a Box of floats"),
+        (SMALL, gym.spaces.Dict(a=SMALL), "observation space Dict.*FlattenObservation"),
+        (SMALL, gym.spaces.Tuple([SMALL]), "observation space Tuple.*FlattenObservation"),
+        (SMALL, BOX(0, 255, (8, 8, 3), np.uint8), "images as observations.*FlattenObservation"),
+        (SMALL, gym.spaces.MultiBinary(3), "observation space MultiBinary"),
+    ],
+)
+def test_spaces_that_do_not_fit_are_refused_with_what_would_work(monkeypatch, action, observation, message):
+    env_id = registered(monkeypatch, lambda: Own(action, observation))
+    with pytest.raises(ValueError, match=message) as error:
+        make_env(env_id)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ArgumentError, match=r"^--env-id Own-v0: 'Own-v0' has"):
+        envs.env_sizes(env_id)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.uint8, bool])
+def test_observations_of_any_shape_and_type_become_vectors(monkeypatch, dtype):
+    shape = (5,) if dtype in (np.uint8,) else (2, 3)
+    env = make_env(registered(monkeypatch, lambda: Own(SMALL, BOX(0, 1, shape, dtype), reward=np.array([2.5]))))
+    obs, _ = env.reset(seed=0)
+    assert obs.shape == (int(np.prod(shape)),) and obs.dtype == np.float32
+    assert env.step(np.zeros(2))[1] == 2.5, "a reward may be an array of one element"
+
+
+def test_an_environment_is_made_as_gymnasium_writes_it(monkeypatch, tmp_path):
+    (tmp_path / "their_module.py").write_text(
+        "import gymnasium as gym\n"
+        "from gymnasium.envs.classic_control import PendulumEnv\n"
+        "class Bare(PendulumEnv):\n"
+        "    metadata = {'render_modes': []}\n"
+        "    def __init__(self, gravity=10.0): super().__init__(g=gravity)\n"
+        "gym.register('Their-v0', entry_point=Bare)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    env = make_env("their_module:Their-v0", env_kwargs={"gravity": 3.0})
+    assert env.unwrapped.g == 3.0 and env.metadata["render_fps"] == 30
+    for env_id, options, message in [
+        ("no_module:Their-v0", {}, "cannot be made: ModuleNotFoundError: No module named 'no_module'"),
+        ("Their-v0", {"env_kwargs": {"gravty": 1}}, "cannot be made: TypeError: .*gravty"),
+        ("Their-v1", {}, "unknown environment 'Their-v1'; nearest known: Their-v0"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            make_env(env_id, **options)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nothing_that_is_not_finite_enters(monkeypatch, bad):
+    env = make_env(registered(monkeypatch, lambda: Own(SMALL, reward=bad)), action_repeat=2)
+    env.reset(seed=0)
+    with pytest.raises(NotFiniteError, match=rf"^Own-v0: the reward is {bad} in step 2 of an episode$"):
+        env.step(np.zeros(2))
+    broken = Own(SMALL)
+    env = envs._CommonInterface(broken, "own", 1)
+    env.reset(seed=0)
+    env.step(np.zeros(2))
+    broken.obs = np.array([0.0, bad])
+    with pytest.raises(NotFiniteError, match=rf"^own: an observation holds {bad} in step 2 of an episode$"):
+        env.step(np.zeros(2))
+    with pytest.raises(NotFiniteError, match="in step 0 of an episode"):
+        env.reset(seed=0)
+
+
+def test_an_endless_episode_is_cut_as_a_truncation(monkeypatch):
+    env = make_env(registered(monkeypatch, lambda: Own(SMALL)))
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(2))[2:4] for _ in range(envs.ENDLESS)]
+    assert ends == [(False, False)] * (envs.ENDLESS - 1) + [(False, True)]
+    own_limit = make_env(registered(monkeypatch, lambda: Own(SMALL), max_episode_steps=3))
+    own_limit.reset(seed=0)
+    assert [own_limit.step(np.zeros(2))[3] for _ in range(3)] == [False, False, True]
 
 
 # Task names
