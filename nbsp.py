@@ -177,7 +177,7 @@ def neuron_scores(activations: list[Tensor], goal_proximity: Tensor) -> list[Ten
     """Score(N) = max(Acc, 1 - Acc) of each hidden neuron, in [1/2, 1] (Algorithm 1).
 
     Acc(N) = 1/T sum_t 1[1[a(N, t) > mean a(N)] = 1[q(t) > mean q]]: both above their means or neither.
-    a (T, width) for each hidden layer, q (T,) -> (width,) for each layer; NaN for a neuron that is constant over the T
+    a (T, width) for each hidden layer, q (T,) -> (width,) for each layer; 0 for a neuron that is constant over the T
     steps, and for all where q is.
     """
     q, scores = goal_proximity.double(), []
@@ -185,18 +185,18 @@ def neuron_scores(activations: list[Tensor], goal_proximity: Tensor) -> list[Ten
         a = a.double()  # so that the rounding of a mean decides nothing
         accuracy = ((a > a.mean(0)) == (q > q.mean())[:, None]).double().mean(0)
         constant = (q.amin() == q.amax()) | (a.amin(0) == a.amax(0))
-        scores.append(torch.maximum(accuracy, 1 - accuracy).float().masked_fill(constant, torch.nan))
+        scores.append(torch.maximum(accuracy, 1 - accuracy).float().masked_fill(constant, 0))
     return scores
 
 
 def skill_neurons(scores: list[Tensor], proportion: float) -> list[Tensor]:
-    """The best round(proportion * neurons) neurons of a network, ranked over its layers together; never one with NaN.
+    """The best round(proportion * neurons) neurons of a network, ranked over its layers together; never a constant one.
 
     Scores (width,) for each hidden layer -> booleans of the same shapes. Of equal scores the first win, everywhere.
     """
     flat = torch.cat(scores)
-    best = flat.nan_to_num(-1).sort(descending=True, stable=True).indices[: round(proportion * len(flat))]
-    skill = torch.zeros_like(flat, dtype=torch.bool).index_fill(0, best, True) & ~flat.isnan()
+    best = flat.sort(descending=True, stable=True).indices[: round(proportion * len(flat))]
+    skill = torch.zeros_like(flat, dtype=torch.bool).index_fill(0, best, True) & (flat > 0)
     return list(skill.split([len(layer) for layer in scores]))
 
 
@@ -215,7 +215,7 @@ def gradient_masks(tasks: list[list[Tensor]], proportion: float, factor: float) 
 def dealt_anew(scores: list[Tensor], generator: torch.Generator) -> list[Tensor]:
     """The control: the same scores, dealt at random to the network's neurons that are not constant."""
     flat = torch.cat(scores)
-    live = (~flat.isnan()).nonzero()[:, 0]
+    live = flat.nonzero()[:, 0]
     flat[live] = flat[live[torch.randperm(len(live), generator=generator).to(live.device)]]
     return list(flat.split([len(layer) for layer in scores]))
 
@@ -577,7 +577,7 @@ def report_scores(agent: Agent, task: int, measure: str, recorder: Recorder, glo
     scalars, counts = {}, []
     for net, masks in agent.skills.items():
         scores, skill = torch.cat(masks.scores[task]), skill_neurons(masks.scores[task], agent.args.skill_proportion)
-        live = scores[~scores.isnan()]
+        live = scores[scores > 0]
         scalars[f"method/constant_neurons/{net}"] = constant = len(scores) - len(live)
         if len(live):
             scalars |= {f"method/score/{net}": live, f"method/score_mean/{net}": live.mean()}  # a histogram, a number

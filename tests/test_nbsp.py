@@ -92,7 +92,7 @@ def literal_mask(agent: Agent, net: str) -> list[list[float]]:
     masks = [[1.0] * width for _ in range(args.hidden_layers)]
     for scores in agent.skills[net].scores.values():
         ranked = [(-s.item(), layer, i) for layer, row in enumerate(scores) for i, s in enumerate(row)]
-        ranked = sorted(neuron for neuron in ranked if not math.isnan(neuron[0]))
+        ranked = sorted(neuron for neuron in ranked if neuron[0] < 0)
         for negative, layer, i in ranked[: round(args.skill_proportion * width * args.hidden_layers)]:
             masks[layer][i] = min(masks[layer][i], args.mask_factor * (1 + negative))
     return masks
@@ -118,7 +118,7 @@ def test_scores_equal_a_double_loop_over_neurons_and_steps(seed, steps, widths):
             for t in range(steps):
                 hits += (values[t] > a_mean) == (q[t].item() > q_mean)
             if len(set(values)) == 1 or len(set(q.tolist())) == 1:
-                assert math.isnan(score[n])
+                assert score[n] == 0
             else:
                 assert score[n].item() == pytest.approx(max(hits / steps, 1 - hits / steps))
                 assert 0.5 <= score[n] <= 1
@@ -133,7 +133,7 @@ def test_a_neuron_that_is_the_goal_proximity_or_its_opposite_scores_1(sign):
 
 def test_a_constant_neuron_is_found_where_its_mean_is_rounded():
     a = torch.full((5000, 1), 0.1)
-    assert nbsp.neuron_scores([a], torch.rand(5000))[0].isnan().all()
+    assert nbsp.neuron_scores([a], torch.rand(5000))[0].eq(0).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -141,15 +141,15 @@ def test_a_constant_neuron_is_found_where_its_mean_is_rounded():
 def test_skill_neurons_are_the_best_of_all_layers_together(seed, width, layers, proportion):
     rng = np.random.default_rng(seed)
     scores = [torch.from_numpy(rng.integers(2, 5, width) / 4).float() for _ in range(layers)]
-    scores[0][rng.random(width) < 0.3] = math.nan
+    scores[0][rng.random(width) < 0.3] = 0.0
     skill = torch.cat(nbsp.skill_neurons(scores, proportion))
     flat = torch.cat(scores)
-    live = (~flat.isnan()).sum().item()
+    live = (flat > 0).sum().item()
     assert skill.sum() == min(live, round(proportion * width * layers))
-    assert not flat[skill].isnan().any()
+    assert not flat[skill].eq(0).any()
     if 0 < skill.sum() < live:
         worst = flat[skill].min()
-        assert worst >= flat[~skill & ~flat.isnan()].max()
+        assert worst >= flat[~skill & (flat > 0)].max()
         ties = skill[flat == worst].tolist()
         assert ties == sorted(ties, reverse=True)  # of equal scores the first neurons win
 
@@ -184,8 +184,8 @@ def test_the_actor_is_scored_at_s_and_the_critics_at_s_and_a(layer_norm):
             x = x.clamp_min(0).detach()
             accuracy = ((x > x.double().mean(0)) == near[:, None]).float().mean(0)
             expected = torch.maximum(accuracy, 1 - accuracy)
-            torch.testing.assert_close(score[~score.isnan()], expected[~score.isnan()])
-            assert torch.equal(score.isnan(), (x == x[0]).all(0))
+            torch.testing.assert_close(score[score > 0], expected[score > 0])
+            assert torch.equal(score.eq(0), (x == x[0]).all(0))
 
 
 def test_goal_proximity_and_its_fallback():
@@ -208,7 +208,7 @@ def test_goal_proximity_and_its_fallback():
     still = rollout | failed | untouched | {"reward": torch.ones(2)}
     for gpm in ("success", "distance", "reward"):
         q, measure = nbsp.goal_proximity(still, gpm)
-        assert measure == "none" and nbsp.neuron_scores([torch.rand(2, 3)], q)[0].isnan().all()
+        assert measure == "none" and nbsp.neuron_scores([torch.rand(2, 3)], q)[0].eq(0).all()
 
 
 def test_a_distance_that_only_the_goal_changes_is_no_goal_proximity():
@@ -252,12 +252,12 @@ def test_without_any_measure_a_task_masks_nothing_and_it_is_said():
 def test_scores_dealt_anew_are_the_same_scores_among_the_same_live_neurons(seed, widths):
     generator = torch.Generator().manual_seed(seed)
     scores = [0.5 + 0.5 * torch.rand(width, generator=generator) for width in widths]
-    scores = [score.masked_fill(torch.rand(len(score), generator=generator) < 0.3, math.nan) for score in scores]
+    scores = [score.masked_fill(torch.rand(len(score), generator=generator) < 0.3, 0.0) for score in scores]
     kept = [score.clone() for score in scores]
     dealt = nbsp.dealt_anew(scores, generator)
     for one, two, three in zip(scores, dealt, kept, strict=True):
-        assert torch.equal(one.isnan(), two.isnan()) and torch.equal(one.nan_to_num(), three.nan_to_num())
-    one, two = (torch.cat(layers).nan_to_num(-1).sort().values for layers in (scores, dealt))
+        assert torch.equal(one.eq(0), two.eq(0)) and torch.equal(one, three)
+    one, two = (torch.cat(layers).sort().values for layers in (scores, dealt))
     assert torch.equal(one, two)
 
 
@@ -270,13 +270,13 @@ def test_random_neurons_are_as_many_with_masks_as_large_drawn_from_all_live_ones
     for net in NETWORKS:
         skill, control = (torch.cat(agents[choice].skills[net].masks) for choice in ("skill", "random"))
         assert torch.equal(skill.sort().values, control.sort().values) and not torch.equal(skill, control)
-        constant = torch.cat(agents["skill"].skills[net].scores[0]).isnan()
+        constant = torch.cat(agents["skill"].skills[net].scores[0]).eq(0)
         assert constant.any() and (control[constant] == 1).all()
     hits = torch.zeros(48)
     for _ in range(300):
         end_task(agents["random"], 0)  # each visit draws again
         hits += torch.cat(agents["random"].skills["actor"].masks) < 1
-    live = ~torch.cat(agents["skill"].skills["actor"].scores[0]).isnan()
+    live = ~torch.cat(agents["skill"].skills["actor"].scores[0]).eq(0)
     share = round(0.2 * 48) / live.sum()
     assert hits.sum() == 300 * round(0.2 * 48) and (hits[live] / 300 - share).abs().max() < 0.12
     again = make_agent(mask_neurons="random", seed=2)
@@ -667,13 +667,13 @@ def test_silenced_neurons_output_0_and_the_others_of_their_layer_are_unchanged(a
 def test_random_neurons_of_an_ablation_are_as_many_per_layer_and_never_constant_ones(ablate):
     generator = torch.Generator().manual_seed(0)
     scores = [0.5 + 0.5 * torch.rand(24, generator=generator) for _ in range(2)]
-    scores = [score.masked_fill(torch.rand(24, generator=generator) < 0.2, math.nan) for score in scores]
+    scores = [score.masked_fill(torch.rand(24, generator=generator) < 0.2, 0.0) for score in scores]
     skill = nbsp.skill_neurons(scores, 0.3)
     draws = [ablate.random_neurons(skill, scores, (1, draw)) for draw in range(200)]
     for draw in draws:
         for mask, chosen, score in zip(draw, skill, scores, strict=True):
-            assert mask.sum() == chosen.sum() and not score[mask].isnan().any()
-    hits, live = torch.stack([draw[0] for draw in draws]).float().mean(0), ~scores[0].isnan()
+            assert mask.sum() == chosen.sum() and not score[mask].eq(0).any()
+    hits, live = torch.stack([draw[0] for draw in draws]).float().mean(0), (scores[0] > 0)
     share = skill[0].sum() / live.sum()  # any of them, skill neuron or not
     assert (hits[live] - share).abs().max() < 0.15 and (hits[skill[0]].mean() - share).abs() < 0.05
 
@@ -681,7 +681,7 @@ def test_random_neurons_of_an_ablation_are_as_many_per_layer_and_never_constant_
 def test_an_ablation_plays_without_the_skill_neurons_and_without_five_draws_of_random_ones(ablate, monkeypatch):
     """Each variant is known by its silent neurons; a fake evaluation returns their number, weighted by their place."""
     args, actor = Args(**(TINY | {"score_steps": 50})), Agent(Args(**TINY), 4, 2, CPU).actor
-    place = torch.arange(1.0, 49.0)
+    place = torch.arange(48).double().exp2()  # each set of neurons has a sum of its own
     probe = 10 * torch.randn(500, 4)
 
     def value(neurons: list[torch.Tensor]) -> float:
@@ -909,10 +909,13 @@ def test_tensorboard_has_what_scoring_found_and_the_losses(finished_run):
         step = 300 * (phase + 1)
         for net, layers in scores.items():
             flat, skill = torch.cat(layers), nbsp.skill_neurons(layers, 0.2)
-            assert curve(f"method/constant_neurons/{net}")[step] == flat.isnan().sum()
-            assert curve(f"method/score_mean/{net}")[step] == pytest.approx(flat.nanmean().item())
+            assert curve(f"method/constant_neurons/{net}")[step] == flat.eq(0).sum()
+            assert curve(f"method/score_mean/{net}")[step] == pytest.approx(flat[flat > 0].mean().item())
             chosen = flat[torch.cat(skill)].mean().item()
-            assert curve(f"method/skill_score_mean/{net}")[step] == pytest.approx(chosen) and chosen > flat.nanmean()
+            assert (
+                curve(f"method/skill_score_mean/{net}")[step] == pytest.approx(chosen)
+                and chosen > flat[flat > 0].mean()
+            )
             widths = [curve(f"method/skill_neurons/{net}/layer{layer}")[step] for layer in (1, 2)]
             assert widths == [mask.sum() for mask in skill]
         for task, name in enumerate(("reach-v3", "drawer-close-v3")):

@@ -47,7 +47,7 @@ def random_neurons(skill: list[Tensor], scores: list[Tensor], seed: tuple[int, .
     """As many neurons of each layer as in `skill`, drawn from all that are not constant, as booleans like it."""
     generator, drawn = np.random.default_rng(seed), []
     for chosen, score in zip(skill, scores, strict=True):
-        live = (~score.isnan()).nonzero()[:, 0].numpy()
+        live = score.nonzero()[:, 0].numpy()
         rows = torch.from_numpy(generator.choice(live, int(chosen.sum()), replace=False))
         drawn.append(torch.zeros_like(chosen).index_fill(0, rows, True))
     return drawn
