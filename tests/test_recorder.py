@@ -588,9 +588,11 @@ def test_durations_in_words(seconds, words):
 def test_the_picture_is_drawn_at_evaluations_and_one_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
     recorder = new_recorder(tmp_path / "run", quiet=False)
     evaluate(recorder, 10)
+    recorder.episode(15, "a", True, 7.0, 5)
     assert not (tmp_path / "run" / "summary.png").exists(), "not within seconds of the last one"
     monkeypatch.setattr(rec, "PICTURE_SECONDS", 0.0)
     evaluate(recorder, 20)
+    recorder.episode(25, "a", True, 7.0, 5)
     assert (tmp_path / "run" / "summary.png").read_bytes().startswith(b"\x89PNG")
 
     def fails(*args):
