@@ -42,6 +42,7 @@ Device = Literal["auto", "cpu", "cuda"]
 # Arguments that do not change what a run computes: free to differ on --resume.
 OUTPUT_ARGS = {"resume", "run_dir", "quiet", "track", "wandb_project", "capture_video", "checkpoint_every"}
 OUTPUT_ARGS |= {"num_workers", "device"}  # where it is computed; a device rounds in its own way
+FLOAT32_MAX = 3.4e38  # what the networks compute with
 EVALUATE_ARGS = ("evaluate", "episodes", "device", "quiet", "capture_video")  # of --evaluate itself
 BOUNDS = {  # bound -> (does the value keep it, how to say it)
     Ge: (lambda value, bound: value >= bound.ge, lambda bound: f"at least {bound.ge}"),
@@ -93,6 +94,8 @@ def prepare(args, script: str, presets: dict[str, dict] | None = None):
     check_types(args)
     if args.resume:
         refuse_contradictions(args, stored_args(args.resume, type(args)))
+    cores = os.cpu_count() or 1
+    require(args, "torch_threads", args.torch_threads <= cores, f"at most the number of cores, {cores}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     draws = not args.capture_video or os.environ.get("MUJOCO_GL") != "disable"  # see common/envs.py
@@ -128,7 +131,9 @@ def load_run(run_dir: str, cls: type, script: str):
 
     Raises ArgumentError where there is no such run.
     """
-    return cls(**stored_args(run_dir, cls)), load_checkpoint(run_dir, script, mmap=True)
+    args = cls(**stored_args(run_dir, cls))
+    check_types(args)
+    return args, load_checkpoint(run_dir, script, mmap=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- checking
@@ -159,6 +164,10 @@ def check_types(args) -> None:
                 break
         if hint is None:
             continue
+        plain = {Literal: str}.get(typing.get_origin(hint), hint)
+        allowed = (int, float) if plain is float else plain
+        is_plain = isinstance(value, allowed) and (plain is bool or not isinstance(value, bool))
+        require(args, name, is_plain or typing.get_origin(hint) is Literal, f"of type {plain.__name__}")
         if typing.get_origin(hint) is Literal:
             choices = typing.get_args(hint)
             require(args, name, value in choices, "one of " + ", ".join(map(str, choices)))
@@ -166,7 +175,9 @@ def check_types(args) -> None:
         bounds = [bound for bound in bounds if type(bound) in BOUNDS]  # other marks concern the command line only
         allowed = " and ".join(BOUNDS[type(bound)][1](bound) for bound in bounds)
         require(args, name, all(BOUNDS[type(bound)][0](value, bound) for bound in bounds), allowed)
-        require(args, name, not isinstance(value, float) or math.isfinite(value), "a finite number")
+        if isinstance(value, int | float):
+            require(args, name, math.isfinite(value), "a finite number")
+            require(args, name, abs(value) < (2**53 if plain is int else FLOAT32_MAX), "smaller in size")
 
 
 def refuse_contradictions(args, stored: dict) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
-from common.cli import ArgumentError, NotFiniteError
+from common.cli import ArgumentError, NotFiniteError, RunError
 from common.descriptions import TASK_DESCRIPTIONS
 
 if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
@@ -42,6 +42,7 @@ import mujoco
 # NumPy measures its float types once. The scripts flush denormal numbers, and measured after that it would warn.
 np.finfo(np.float32), np.finfo(np.float64)
 
+WORKER_SECONDS = 30.0  # without an answer, before a worker process is given up
 ENDLESS = 10_000  # steps after which an episode is cut where neither the environment nor the user has a limit
 MT50 = tuple(TASK_DESCRIPTIONS)
 MT10 = (
@@ -494,7 +495,7 @@ class WorkerEnvs:
     def __init__(self, tasks: list[str], seeds: list[int], max_episode_steps: int, reward_version: str, workers: int):
         context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads
         self.parts = [slice(part[0], part[-1] + 1) for part in np.array_split(np.arange(len(tasks)), workers)]
-        self.pipes, self.processes = [], []
+        self.tasks, self.pipes, self.processes = tasks, [], []
         multiprocessing.resource_tracker.ensure_running()  # comes with the first process and unblocks the signals
         # a child inherits what is blocked; set in the child, it would come after the imports, which take seconds
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -510,10 +511,32 @@ class WorkerEnvs:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def _call(self, method: str, arguments: list[tuple]) -> list:
-        """Call a method of TaskEnvs in every process; their results in the order of the tasks."""
-        for pipe, argument in zip(self.pipes, arguments, strict=True):
-            pipe.send((method, argument))
-        return [pipe.recv() for pipe in self.pipes]
+        """Call a method of TaskEnvs in every process; their results in the order of the tasks.
+
+        Raises RunError if a process has ended or does not answer: nothing may wait for it for ever.
+        """
+        results = []
+        for i, (pipe, argument) in enumerate(zip(self.pipes, arguments, strict=True)):
+            try:
+                pipe.send((method, argument))
+            except ConnectionError:
+                self._give_up(i, "has ended")
+        for i, pipe in enumerate(self.pipes):
+            if not pipe.poll(WORKER_SECONDS):  # a process that ends closes its pipe, which wakes this up at once
+                self._give_up(i, f"has not answered for {WORKER_SECONDS:.0f} s")
+            try:
+                result = pipe.recv()
+            except (EOFError, ConnectionError):
+                self._give_up(i, "has ended")
+            if isinstance(result, NotFiniteError):
+                raise result
+            results.append(result)
+        return results
+
+    def _give_up(self, i: int, what: str) -> None:
+        for process in self.processes:
+            process.kill()
+        raise RunError(f"the worker process of {', '.join(self.tasks[self.parts[i]])} {what}")
 
     def reset(self, seeds: list[int]) -> np.ndarray:
         return np.concatenate(self._call("reset", [(seeds[part],) for part in self.parts]))
@@ -538,5 +561,9 @@ def serve_envs(pipe, *arguments) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             method, values = pipe.recv()
-            pipe.send(getattr(envs, method)(*values))
+            try:
+                result = getattr(envs, method)(*values)
+            except NotFiniteError as error:  # the run ends with it, in the main process
+                result = error
+            pipe.send(result)
     envs.close()

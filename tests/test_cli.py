@@ -160,7 +160,7 @@ def test_a_message_without_the_frame_we_know_is_shown_whole():
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.integers(-(2**40), 2**40), st.floats(), st.none() | st.floats(), st.integers(-5, 5))
 def test_a_value_passes_exactly_when_its_type_allows_it(seed, lr, share, episodes):
-    allowed = 0 <= seed < 2**32 and 0 < lr < float("inf") and (share is None or 0 <= share <= 1) and episodes >= 0
+    allowed = 0 <= seed < 2**32 and 0 < lr < 3.4e38 and (share is None or 0 <= share <= 1) and episodes >= 0
     args = Args(seed=seed, lr=lr, share=share, episodes=episodes)
     if allowed:
         cli.check_types(args)
@@ -176,6 +176,15 @@ def test_what_is_allowed_is_said():
         ({"share": 1.5}, "--share 1.5: must be at least 0 and at most 1"),
         ({"lr": float("inf")}, "--lr inf: must be a finite number"),
         ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"steps": 10**30}, f"--steps {10**30}: must be smaller in size"),
+        ({"lr": 1e39}, "--lr 1e+39: must be smaller in size"),
+        ({"seed": "abc"}, "--seed abc: must be of type int"),
+        ({"seed": 1.0}, "--seed 1.0: must be of type int"),
+        ({"seed": True}, "--seed True: must be of type int"),
+        ({"small": 1}, "--small 1: must be of type bool"),
+        ({"run_dir": 5}, "--run-dir 5: must be of type str"),
+        ({"lr": None}, "--lr None: must be of type float"),
+        ({"size": ["base"]}, "--size ['base']: must be one of base, large"),
         ({"size": "huge"}, "--size huge: must be one of base, large"),
     ]:
         with pytest.raises(ArgumentError) as error:

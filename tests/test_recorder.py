@@ -379,6 +379,31 @@ def test_a_signal_asks_to_stop_and_the_second_is_not_held_back(tmp_path, signum)
     assert shlex.split(command) == ["python", "script.py", "--resume", str(run_dir)], "it can be pasted"
 
 
+def test_a_signal_does_not_wait_for_an_endless_episode(tmp_path, monkeypatch):
+    monkeypatch.setattr(rec, "PATIENCE", 0.2)
+    handlers = {s: signal.getsignal(s) for s in (*rec.SIGNALS, signal.SIGALRM)}
+    recorder = new_recorder(tmp_path / "run")
+    recorder.save(5, Agent(1), {})
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(
+        Interrupted, match=r"^interrupted within an episode, step 5 is saved; go on with: python"
+    ) as raised:
+        time.sleep(10)
+    assert raised.value.exit_code == 128 + signal.SIGTERM
+    assert {s: signal.getsignal(s) for s in handlers} == handlers
+
+
+def test_a_signal_that_was_obeyed_waits_no_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(rec, "PATIENCE", 0.2)
+    recorder = new_recorder(tmp_path / "run")
+    os.kill(os.getpid(), signal.SIGTERM)
+    recorder.save(5, Agent(1), {})
+    time.sleep(0.5)
+    with pytest.raises(Interrupted, match=r"^interrupted; go on with"):
+        recorder.leave()
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
 def test_sighup_stays_ignored_where_it_was(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     recorder = new_recorder(tmp_path / "run")
