@@ -496,6 +496,7 @@ class WorkerEnvs:
         context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads
         self.parts = [slice(part[0], part[-1] + 1) for part in np.array_split(np.arange(len(tasks)), workers)]
         self.tasks, self.pipes, self.processes = tasks, [], []
+        self.patience = 10 * WORKER_SECONDS  # for the imports, on a busy machine
         multiprocessing.resource_tracker.ensure_running()  # comes with the first process and unblocks the signals
         # a child inherits what is blocked; set in the child, it would come after the imports, which take seconds
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -505,6 +506,7 @@ class WorkerEnvs:
                 arguments = (other, tasks[part], seeds[part], max_episode_steps, reward_version)
                 process = context.Process(target=serve_envs, args=arguments, daemon=True)
                 process.start()
+                other.close()  # so that the end of the process ends the pipe
                 self.pipes.append(pipe)
                 self.processes.append(process)
         finally:
@@ -522,8 +524,8 @@ class WorkerEnvs:
             except ConnectionError:
                 self._give_up(i, "has ended")
         for i, pipe in enumerate(self.pipes):
-            if not pipe.poll(WORKER_SECONDS):  # a process that ends closes its pipe, which wakes this up at once
-                self._give_up(i, f"has not answered for {WORKER_SECONDS:.0f} s")
+            if not pipe.poll(self.patience):  # a process that ends closes its pipe, which wakes this up at once
+                self._give_up(i, f"has not answered for {self.patience:.0f} s")
             try:
                 result = pipe.recv()
             except (EOFError, ConnectionError):
@@ -531,6 +533,7 @@ class WorkerEnvs:
             if isinstance(result, NotFiniteError):
                 raise result
             results.append(result)
+        self.patience = WORKER_SECONDS
         return results
 
     def _give_up(self, i: int, what: str) -> None:

@@ -2,6 +2,12 @@
 
 import os
 import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 import gymnasium as gym
 import metaworld.env_dict
@@ -14,7 +20,7 @@ from hypothesis import strategies as st
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 from common import envs
-from common.cli import ArgumentError, NotFiniteError
+from common.cli import ArgumentError, NotFiniteError, RunError
 from common.envs import CW10, MT10, MT50, TASK_DESCRIPTIONS, TASK_SEQUENCES, make_env
 
 FAMILIES = ["push-v3", "dmc/ball_in_cup-catch", "HalfCheetah-v5"]
@@ -583,3 +589,78 @@ def test_record_video_writes_the_first_episode(tmp_path):
             pass
     env.close()
     assert [path.name for path in (tmp_path / "reach").iterdir()] == ["reach-episode-0.mp4"]
+
+
+# ---------------------------------------------------------------------------------------------------- worker processes
+
+
+@pytest.fixture
+def workers():
+    started = envs.WorkerEnvs(["reach-v3", "push-v3"], [0, 0], 20, "v2", 2)
+    started.reset([1, 2])
+    yield started
+    for process in started.processes:
+        process.kill()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_hangs_ends_the_run_with_one_line(workers, monkeypatch, signum):
+    workers.patience = 1.0
+    os.kill(workers.processes[1].pid, signum)
+    begun = time.monotonic()
+    with pytest.raises(RunError, match=r"^the worker process of push-v3 has (ended|not answered for 1 s)$"):
+        for _ in range(20):
+            workers.step(np.zeros((2, 4), np.float32))
+    assert time.monotonic() - begun < 5
+    workers.close()
+    assert not any(process.is_alive() for process in workers.processes)
+
+
+def test_workers_end_with_the_process_that_started_them():
+    code = "from common import envs; w = envs.WorkerEnvs(['reach-v3'], [0], 20, 'v2', 1); w.reset([1]); "
+    code += "print(w.processes[0].pid, flush=True); import time; time.sleep(100)"
+    main = ["import sys; sys.path.insert(0, '.')", "if __name__ == '__main__':", f"    {code}"]
+    root = Path(__file__).parent.parent
+    with tempfile.NamedTemporaryFile("w", suffix=".py", dir=root, prefix=".test_workers_") as file:
+        file.write("\n".join(main))
+        file.flush()
+        with subprocess.Popen([sys.executable, file.name], stdout=-1, cwd=root) as process:
+            pid = int(process.stdout.readline())
+            process.kill()
+    for _ in range(100):
+        time.sleep(0.1)
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            state = "gone"
+        if state in ("gone", "Z"):
+            break
+    assert state in ("gone", "Z")
+
+
+def test_a_value_that_is_not_finite_comes_out_of_a_worker(monkeypatch):
+    class Pipe:
+        sent, calls = [], iter([("step", ()), None])
+
+        def recv(self):
+            call = next(self.calls)
+            if call is None:
+                raise EOFError
+            return call
+
+        def send(self, result):
+            self.sent.append(result)
+
+    class Broken:
+        def __init__(self, *arguments):
+            pass
+
+        def step(self):
+            raise NotFiniteError("reach-v3: the reward is nan")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(envs, "TaskEnvs", Broken)
+    envs.serve_envs(Pipe())
+    assert isinstance(Pipe.sent[0], NotFiniteError)
