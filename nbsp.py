@@ -4,8 +4,8 @@ Paper: Neuron-level Balance between Stability and Plasticity in Deep Reinforceme
 Base algorithm: Soft Actor-Critic. Environments: cycling Meta-World v3 tasks.
 
 One agent learns tasks A, B, A, B in turn. After each visit its policy acts for some episodes, and every hidden neuron
-of actor and critics gets a score: how reliably does its activation, above or below its mean, tell whether the agent is
-nearer to the goal than on average? The best fifth of a network's neurons are the task's skill neurons. In all later
+of actor and critics gets a score: how reliably its activation, above or below its mean, tells whether the agent is
+nearer to the goal than on average. The best fifth of a network's neurons are the task's skill neurons. In all later
 training their incoming weights move a tenth as far or less; the others move freely. Every tenth update is on
 transitions of earlier tasks.
 
@@ -20,18 +20,20 @@ Copy: `SkillMasks`, `neuron_scores`, `skill_neurons`, `gradient_masks`, `dealt_a
 
 No code of the authors is known. Where we differ from the paper (1, 3), and what we chose where it is silent:
 
-1. Adam divides a constant scale of the gradient away. So the mask scales the weights' step, and Adam's moments see the
-   whole gradient (`--mask-target update`); `gradient` is the paper's letter.
+1. Adam's step hardly depends on a constant scale of the gradient. So the mask scales the step itself, and the moments
+   see the whole gradient (`--mask-target update`); `gradient` is the paper's letter.
 2. A step's goal proximity is its success flag (`--gpm`). Where that changes in no episode, the distance to the target
    takes its place, or else the reward.
-3. Neurons that are constant while scored are no skill neurons: by the formula a dead one scores the share of failures
-   or of successes, whichever is larger. One that fires in a single step scores about as much, and is chosen: with
-   rare success the score says little.
+3. Neurons that are constant while scored are left out. By the formula a dead one would score the share of steps above
+   or below the mean proximity, whichever is larger: with rare success more than most live ones. One that fires in a
+   single step scores almost as much and is still chosen, so with rare success the choice is weak.
 4. "Earlier tasks" are all that were trained before, with the present one when it comes again; each by its latest scores
    and its latest transitions.
 5. The present task's buffer is emptied at a border; networks, targets, temperature and Adam's moments go on.
 6. The paper names ASR, FM and FWT; the formulas are our reading (`common.metrics.cycling_report`).
-7. Do these neurons matter, or would others do? `--mask-neurons random` is the control, which the paper does not have.
+7. `--mask-neurons random` masks as many other neurons as strongly: the control for whether it matters which, which the
+   paper does not have. tests/benchmarks/ablate_neurons.py silences them instead.
+8. Actor and temperature learn in every second update only, so of their steps a fifth are on earlier tasks.
 """
 
 import copy
@@ -52,11 +54,11 @@ from torch import Tensor, nn
 from common import cli, metrics
 from common.cli import Device, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import env_sizes, make_env, seed_of, task_sequence
-from common.recorder import Recorder, evaluate_stored, restored
+from common.recorder import Recorder, evaluate_stored, recorded, restored
 
-LOG_EVERY = 1000  # environment steps between two points of the loss curves
+LOG_EVERY = 1000  # updates between two points of the loss curves
 METRIC_BATCH = 1000  # recent transitions on which plasticity is measured
-CONSTANT = 1e-3  # a goal proximity that changes by less (success, m, reward of a step) does not tell steps apart
+CONSTANT = 1e-3  # a goal proximity whose range within every episode is smaller counts as constant
 ACTOR_EVERY = 2  # every second update trains the actor, twice (CleanRL)
 SOLVED, SOLVED_IN_A_ROW = 0.95, 3  # a task is solved after so many evaluations at this success or above
 TRAIN_GOALS, EVAL_GOALS, SCORE_GOALS, MASK_NEURONS = 1, 2, 3, 4  # streams of random numbers, see `seed_of`
@@ -102,7 +104,7 @@ class Args:
     gamma: Fraction = 0.99  # discount
     tau: Fraction = 0.005  # Polyak rate of the target critics
     actor_lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--policy-lr",))] = 3e-4  # Adam step size of the actor
-    critic_lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--q-lr",))] = 1e-3  # of critics and temperature
+    critic_lr: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--q-lr",))] = 1e-3  # of critics, temperature
 
     # --- NBSP ---
     method: Literal["nbsp", "mask", "replay", "sac"] = "nbsp"  # mask, replay: its parts alone; sac: neither (Table 2)
@@ -131,7 +133,7 @@ class SkillMasks:
     scores[task][l], masks[l]: (width,) for hidden layer l.
     """
 
-    STATE = ("scores", "masks", "generator")
+    STATE = ("scores", "masks", "generator")  # what a checkpoint holds
 
     def __init__(self, layers, proportion=0.2, factor=0.2, target="update", choose="skill", seed=0):
         self.levels = [[item] if hasattr(item, "weight") else list(item) for item in layers]
@@ -236,8 +238,8 @@ def goal_proximity(rollout: dict[str, Tensor], gpm: str) -> tuple[Tensor, str]:
     """Goal proximity q(t) of each step, (T,), and the measure that it is: the first that changes, or "none".
 
     rollout: `success`, `distance` (obj_to_target, m), `reward` and `episode` (number) of each step, (T,) each. A q that
-    is constant in every episode knows at most the goal, not the way there. After `gpm` come distance, which on many
-    tasks is constant until the object is moved (and on some always), and reward.
+    is constant within every episode tells episodes apart, not steps, and is passed over. After `gpm` come distance,
+    which on many tasks is constant until the object is moved (and on some always), and reward.
     """
     episodes = [rollout["episode"] == number for number in rollout["episode"].unique()]
     for measure in (gpm, "distance", "reward"):
@@ -432,15 +434,15 @@ class Agent:
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         self.replay = ReplayBuffer(min(args.buffer_size, args.steps_per_task), obs_dim, act_dim, device)
         self.previous = PreviousTasks(args.previous_buffer_size, obs_dim, act_dim, device)
-        method = (args.skill_proportion, args.mask_factor, args.mask_target, args.mask_neurons)
+        numbers = (args.skill_proportion, args.mask_factor, args.mask_target, args.mask_neurons)
         networks = {"actor": self.actor, "critic1": self.critics[0], "critic2": self.critics[1]}
         self.skills = {  # each network's neurons are ranked by themselves
-            name: SkillMasks([*network.hidden, network.head], *method, seed=seed_of(args.seed, MASK_NEURONS, number))
+            name: SkillMasks([*network.hidden, network.head], *numbers, seed=seed_of(args.seed, MASK_NEURONS, number))
             for number, (name, network) in enumerate(networks.items())
         }
-        masks = args.method in ("nbsp", "mask")
-        self.actor_masks = [self.skills["actor"]] if masks and args.mask_actor else []
-        self.critic_masks = [self.skills["critic1"], self.skills["critic2"]] if masks and args.mask_critic else []
+        masked = args.method in ("nbsp", "mask")  # all methods score their neurons, for the record; these use it
+        self.actor_masks = [self.skills["actor"]] if masked and args.mask_actor else []
+        self.critic_masks = [self.skills["critic1"], self.skills["critic2"]] if masked and args.mask_critic else []
         self.updates = 0
         self.losses: dict[str, Tensor] = {}  # the latest ones, 0-d; on batches of earlier tasks "previous/..."
 
@@ -466,7 +468,8 @@ class Agent:
         self.step(self.critic_optimizer, q_loss, self.critic_masks)
         self.losses |= {f"{group}critic": q_loss.detach(), f"{group}q": q_mean}
 
-        for _ in range(ACTOR_EVERY if self.updates % ACTOR_EVERY == 0 else 0):
+        actor_steps = ACTOR_EVERY if self.updates % ACTOR_EVERY == 0 else 0  # two for the update without one
+        for _ in range(actor_steps):
             policy_loss, log_prob = self.actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])
             self.step(self.actor_optimizer, policy_loss, self.actor_masks)
             alpha_loss = -self.log_alpha.exp() * (log_prob - self.act_dim)  # target entropy -|A|
@@ -610,10 +613,11 @@ def draw_skill_map(figure, agent: Agent, tasks: list[str]) -> None:
     axis.set_yticks(range(len(names)), names, fontsize="x-small")
     for border in range(len(skills), len(lines), len(skills)):
         axis.axhline(border - 0.5, color="grey", linewidth=0.5)
-    axis.set(xlabel="neuron", title="skill neurons")
+    axis.set(xlabel="neuron", title=f"{agent.args.mask_neurons} neurons")
     figure.colorbar(image, label="score")
 
 
+@recorded
 def main(args: Args) -> dict:
     """Train on the cycles; returns what results.json holds, with --evaluate the result of each task."""
     args, checkpoint, device = cli.prepare(args, "nbsp", PRESETS)
@@ -630,7 +634,7 @@ def main(args: Args) -> dict:
         at = checkpoint["at"]
     random_steps = [args.learning_starts if phase < len(tasks) else 0 for phase in range(args.cycles * len(tasks))]
     idle_steps = [max(steps, args.batch_size - 1) for steps in random_steps]  # before a visit's first update
-    phases = [(args.steps_per_task, steps) for steps in idle_steps]
+    phases = [(args.steps_per_task, steps) for steps in idle_steps]  # length, steps without an update
     recorder = Recorder(args, "nbsp", args.task_seq, tasks, phases, checkpoint)
     recorder.begin(agent, at, checkpoint, agent.parameter_counts())
 
@@ -641,7 +645,7 @@ def main(args: Args) -> dict:
         task, start, step, episode = phase % len(tasks), sum(at["phase_steps"]), at["step"], at["episode"]
         env = make_env(tasks[task], seed=0)  # each episode has a seed of its own
         env = gym.wrappers.TransformObservation(env, partial(np.append, values=one_hot[task]), None)
-        while True:  # once per episode
+        while True:  # once per episode: a run can be saved between two episodes only
             at |= {"phase": phase, "step": step, "episode": episode}
             ended = step == args.steps_per_task
             if recorder.evaluation_due(start + step, start, ended):
@@ -651,34 +655,33 @@ def main(args: Args) -> dict:
             if recorder.checkpoint_due(start + step):
                 recorder.save(start + step, agent, at)
             recorder.leave()
-            # an evaluation before the first update does not count
+            # before a visit's first update an evaluation would judge the visit before
             if ended or (args.stop_when_solved and solved(recorder.rows, task, start + idle_steps[phase])):
                 break
 
             obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_GOALS, phase, episode))
-            truncated, episode_return, success, episode_start = False, 0.0, 0.0, step
+            truncated, episode_return, success, length = False, 0.0, 0.0, 0
             while not truncated and step < args.steps_per_task:
                 if step < random_steps[phase]:
-                    action = 2 * torch.rand(act_dim).numpy() - 1
+                    action = 2 * torch.rand(act_dim).numpy() - 1  # of PyTorch's generator, which is in the checkpoint
                 else:
                     action = agent.actor.act(obs, explore=True)
                 recorder.require_finite("action", action, start + step)
                 next_obs, reward, _, truncated, info = env.step(action)
                 agent.replay.add(obs=obs, next_obs=next_obs, action=action, reward=reward)
                 obs, episode_return, success = next_obs, episode_return + reward, max(success, info["success"])
-                step += 1
+                step, length = step + 1, length + 1
                 if step > idle_steps[phase]:
                     agent.update()
-                    if step % LOG_EVERY == 0:
+                    if agent.updates % LOG_EVERY == 2:  # an update of actor too, and not on earlier tasks
                         recorder.losses(start + step, agent.losses)
                         recorder.log(start + step, metrics.grad_norms(actor=agent.actor, critic=agent.critics[0]))
             episode += 1
-            length = step - episode_start
             recorder.episode(start + step, tasks[task], truncated, episode_return, length, success)
 
         rollout = score_rollout(agent.actor, args, env, task, lambda: recorder.stopped)
         env.close()
-        if rollout is None:  # a signal: the border is crossed after scoring, or not at all
+        if rollout is None:  # a signal came: as it was before scoring, which a resume begins anew
             recorder.save(start + step, agent, at)
             recorder.leave()
         q, measure = goal_proximity(rollout, args.gpm)
@@ -688,7 +691,7 @@ def main(args: Args) -> dict:
         at |= {"phase": phase + 1, "step": 0, "episode": 0, "phase_steps": [*at["phase_steps"], step]}
         recorder.save(start + step, agent, at)
 
-    last = {(row["phase"], row["task_index"]): row["success"] for row in recorder.rows}
+    last = {(row["phase"], row["task_index"]): row["success"] for row in recorder.rows}  # of each phase, the last wins
     success = np.array([[last[phase, index] for index in range(len(tasks))] for phase in range(len(phases))])
     report = metrics.cycling_report(success) | {"success_after_phase": success.tolist()}
     report |= {"phase_steps": at["phase_steps"], "scored_by": at["scored_by"]}

@@ -921,9 +921,12 @@ def test_tensorboard_has_what_scoring_found_and_the_losses(finished_run):
         for task, name in enumerate(("reach-v3", "drawer-close-v3")):
             assert curve(f"method/previous_transitions/{name}").get(step, 0) == counts.get(task, 0)
     # every 100 steps with updates; the first visit has no earlier task
+    numbered = enumerate(finished_run["updates"], start=1)
+    due = [300 * phase + step for number, (phase, step) in numbered if number % 100 == 2]
+    assert len(due) > 5
     for name in ("critic", "q", "actor", "entropy"):
-        assert list(curve(f"losses/{name}")) == [200, 300, 500, *range(600, 1300, 100)]
-        assert list(curve(f"losses/previous/{name}")) == [500, *range(600, 1300, 100)]
+        assert list(curve(f"losses/{name}")) == due
+        assert list(curve(f"losses/previous/{name}")) == [step for step in due if step > 300]
     assert list(curve("plasticity/critic/grad_norm")) == list(curve("losses/critic"))
     assert set(curve("charts/episodic_length").values()) == {200}
     assert list(curve("plasticity/actor/dormant_ratio_0.025")) == [300, 600, 900, 1200]
@@ -1247,7 +1250,7 @@ def test_evaluating_more_often_changes_nothing_in_training(toy, toy_run, tmp_pat
     ("what", "message"),
     [
         ("action", "action is not finite at step 60"),  # the actor is trained at every second update
-        ("loss", "losses/q is not finite at step 70"),
+        ("loss", r"losses/q is not finite at step \d+"),
         ("weight", r"targets\.0\.\S+ is not finite at step 90"),
     ],
 )
