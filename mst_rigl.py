@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from common import cli, metrics
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import env_sizes, make_env, seed_of
-from common.recorder import Recorder, evaluate_stored, restored
+from common.recorder import Recorder, evaluate_stored, recorded, restored
 
 # MR.Q's constants (authors' code)
 ENCODER_HORIZON, Q_HORIZON = 5, 3  # steps of the latent unroll and of the return
@@ -713,6 +713,7 @@ def warnings(agent: Agent) -> list[str]:
     return lines
 
 
+@recorded
 def main(args: Args) -> dict:
     """Train on one task; returns what results.json holds, or with --evaluate what `metrics.evaluate` returns."""
     args, checkpoint, device = cli.prepare(args, "mst_rigl", PRESETS)

@@ -63,7 +63,7 @@ from torch import Tensor, nn
 from common import cli, metrics
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import env_sizes, make_env, seed_of
-from common.recorder import Recorder, evaluate_stored, restored
+from common.recorder import Recorder, evaluate_stored, recorded, restored
 
 LOG_EVERY = 1000  # environment steps between two points of the loss curves
 METRIC_BATCH = 1000  # recent transitions on which plasticity is measured
@@ -620,6 +620,7 @@ def final_metrics(agent: Agent, rows: list[dict], visits: list[str]) -> dict[str
     return means | {name: float(value) for name, value in (agent.plasticity() | agent.method_scalars()).items()}
 
 
+@recorded
 def main(args: Args) -> dict:
     """Train; returns what results.json holds, or with --evaluate the result of each task."""
     args, checkpoint, device = cli.prepare(args, "neuroplastic_expansion", PRESETS)

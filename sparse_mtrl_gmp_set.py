@@ -62,7 +62,7 @@ from torch import Tensor, nn
 from common import cli, metrics
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import TaskEnvs, WorkerEnvs, env_sizes, make_env, seed_of, task_sequence
-from common.recorder import Recorder, evaluate_stored, restored
+from common.recorder import Recorder, evaluate_stored, recorded, restored
 
 LOG_EVERY = 1000  # updates between two points of the loss curves
 METRIC_BATCH = 1024  # replayed transitions, over all tasks, on which plasticity is measured (paper Table 5)
@@ -791,6 +791,7 @@ def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarra
     return partial(load_actor(run_dir).act, task=task)
 
 
+@recorded
 def main(args: Args) -> dict:
     """Train on all tasks; returns what results.json holds, with --evaluate the result of each task."""
     args, checkpoint, device = cli.prepare(args, "sparse_mtrl_gmp_set", PRESETS)

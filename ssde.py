@@ -50,7 +50,7 @@ from common import cli, metrics
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.descriptions import encode_tasks, task_sentences
 from common.envs import env_sizes, make_env, seed_of, task_sequence
-from common.recorder import Recorder, evaluate_stored, reference_auc, restored
+from common.recorder import Recorder, evaluate_stored, recorded, reference_auc, restored
 
 LOG_EVERY = 1000  # environment steps between two points of the loss curves
 METRIC_BATCH = 1000  # recent observations on which sensitivity and plasticity are measured
@@ -669,6 +669,7 @@ def announce(agent: Agent, recorder: Recorder, global_step: int) -> None:
         recorder.log(global_step + 1, {f"sparsity/{group}/{n}": share for n, share in zip(names, shares, strict=True)})
 
 
+@recorded
 def main(args: Args) -> dict:
     """Train on the sequence; returns what results.json holds, or with --evaluate the result of each task."""
     args, checkpoint, device = cli.prepare(args, "ssde", PRESETS)
