@@ -6,7 +6,8 @@ Exploration, arXiv 2503.05246. Base algorithm: Soft Actor-Critic. Environments: 
 One policy network learns a sequence of tasks. The sentence that describes a task picks, by sparse coding, which
 neurons of each hidden layer the task uses. Weights between them that an earlier task has trained are frozen and
 carry knowledge forward; the others are trainable. Nothing that an old task uses ever changes, so nothing is
-forgotten. Later tasks have fewer trainable weights, so neurons that do not react to their input are found and reset.
+forgotten. A later task first widens its actions again (distillation), then trains with an empty buffer and new
+critics. It has fewer trainable weights, so none may idle: neurons that hardly react to their input are reset.
 
 Read first: `task_neurons` (which neurons), `SharedPolicy` (which weights), `CoAllocatedLinear` (how frozen and
 trainable weights act together), `DormantResets`, then `Agent` and `main`.
@@ -17,18 +18,18 @@ Copy: `sparse_prompt`, `dictionaries`, `task_neurons`, `NOBODY`, `CoAllocatedLin
     python ssde.py --quick                # two easy tasks, a small network: minutes on a laptop CPU
     python ssde.py --task-seq cw10        # the paper's ten tasks of 1 M steps
 
-Where we differ from the authors' code, and why:
+Where this script differs from the authors' code, and why (more: tests/benchmarks/results/ssde.md):
 
-1. A task's policy is cut out and trained as small dense matrices. Same function, a tenth of the arithmetic.
-2. Our trainable weights act with 1 - beta, as in Eq. 7; theirs with 1 (`--trainable-weight 1`).
-3. With us every task keeps its own log-std head. They share one, so the stochastic policies of their old tasks drift.
-4. Our reset touches the dormant neurons' trainable weights and biases. Theirs also reverts every other bias, the
-   log-std head, rows of the mean head and layers without a dormant neuron, and clears all moments of these layers.
-5. Our action is tanh of an unbounded Gaussian. Theirs bounds the mean first (`--bounded-mean`), so that their mean
+1. A task's policy is cut out and trained as small dense matrices: the same function, a tenth of the arithmetic.
+2. Trainable weights act with 1 - beta, as in Eq. 7. The authors' act with 1 (`--trainable-weight 1`).
+3. Every task keeps a log-std head of its own. The authors' tasks share one, so their old stochastic policies drift.
+4. A reset touches the dormant neurons' trainable weights and biases. The authors' also reverts every other bias, the
+   log-std head, rows of the mean head and layers without a dormant neuron, and clears all moments of all of them.
+5. The action is tanh of an unbounded Gaussian. The authors bound the mean first (`--bounded-mean`), so that their mean
    action stays within 0.76.
-6. Our lambdas are the paper's 1e-3. Theirs are 1e-2, and the local one falls to 1e-4 (`--lambda-local-end`).
-7. Our warm-up acts by an earlier task's own policy, drawn for each episode. They draw one for each step and let it act
-   with the new task's split into frozen and trainable weights.
+6. Both lambdas are the paper's 1e-3. The authors' are 1e-2, and the local one falls to 1e-4 (`--lambda-local-end`).
+7. The warm-up acts by an earlier task's own policy, drawn for each episode. The authors draw one for each step and let
+   it act with the new task's split into frozen and trainable weights.
 8. Meta-World v3 with v2 rewards instead of v1 (`--reward-version v1`); sentence vectors of all-MiniLM-L6-v2 instead of
    L12 (`--task-encoder`).
 """
@@ -60,6 +61,7 @@ TRAIN_GOALS, EVAL_GOALS = 3, 4  # streams of random numbers, see `seed_of`; 1 an
 QUICK = {"task_seq": "drawer-close,reach", "steps_per_task": 25_000, "eval_every": 5000, "eval_episodes": 20}
 QUICK |= {"hidden_dim": 128, "hidden_layers": 2, "critic_hidden_dim": 128, "lambda_global": 3e-2, "lambda_local": 3e-2}
 QUICK |= {"learning_starts": 1000, "actor_lr": 1e-3, "critic_lr": 1e-3, "gamma": 0.98}
+# resets every 8 % of a task, until 65 % of it, as in the paper; a narrower layer needs a larger lambda
 QUICK |= {"reset_every": 2000, "reset_until": 16_250, "distill_steps": 2000}
 PRESETS = {"quick": QUICK}
 
@@ -195,8 +197,8 @@ class SharedPolicy:
     """The network that all tasks share, and the first task that trained each of its weights.
 
     network: an actor at full size. hidden: names of its hidden linear layers, each reads the one before. heads: names
-    of linear layers that read the last one. own_heads: likewise, but every task has its own, never frozen or scaled, as
-    it has of all else that the network learns. Between the layers stands what works at any width (F.layer_norm, say).
+    of linear layers that read the last one. own_heads: heads of which, as of all its other parameters, every task has
+    its own, never frozen or scaled. Between the layers stands what works at any width: F.layer_norm, not nn.LayerNorm.
 
     owner[name] (out, in): the first task that trained each weight, or NOBODY; a bias belongs to its row's first owner.
     neurons[k]: indices of task k's neurons in each hidden layer. own[k]: its own parameters, from its end on.
@@ -212,7 +214,7 @@ class SharedPolicy:
         self.neurons, self.own = [], {}
 
     def begin_task(self, neurons: list[Tensor]) -> nn.Module:
-        """The policy of the next task, which uses these neurons of each hidden layer: train it."""
+        """The next task, which uses these neurons of each hidden layer: returns its policy, to be trained."""
         self.neurons.append([indices.to(self.owner[self.hidden[0]].device) for indices in neurons])
         return self.cut(len(self.neurons) - 1)
 
@@ -233,13 +235,13 @@ class SharedPolicy:
 
     @torch.no_grad()
     def cut(self, task: int) -> nn.Module:
-        """A task's policy: a copy of the network with small layers. A finished task's never changes, bit by bit."""
+        """A task's policy: a copy of the network with small layers. A finished task's stays bit-identical."""
         small = {}
         for name in self.owner:
             parts = {kind: (p[part], frozen) for kind, (p, part, frozen) in self.parts(task, name).items()}
-            factor = 1.0 if task == 0 or name in self.own_heads else self.trainable_weight
+            factor = 1.0 if task == 0 or name in self.own_heads else self.trainable_weight  # 1: nothing is frozen
             small[id(self.network.get_submodule(name))] = CoAllocatedLinear(parts, self.beta, factor)
-        policy = copy.deepcopy(self.network, small)  # what is in `small` stands for its copy
+        policy = copy.deepcopy(self.network, small)  # a layer in `small`, deepcopy's memo, is replaced, not copied
         policy.load_state_dict(self.own.get(task, {}), strict=False)
         return policy
 
@@ -251,10 +253,10 @@ class SharedPolicy:
             parts = self.parts(task, name)
             for kind, (parameter, part, frozen) in parts.items():
                 parameter[part] = torch.where(frozen, parameter[part], getattr(policy.get_submodule(name), kind))
-            owner, block = self.owner[name], parts["weight"][1]
+            owner, block = self.owner[name], parts["weight"][1]  # NOBODY becomes `task`, earlier owners stay
             owner[block] = owner[block].clamp_max(task)
-        own = [key for key in policy.state_dict() if key.rpartition(".")[0] not in self.layers]
-        self.own[task] = {key: policy.state_dict()[key].clone() for key in own}
+        own = {key: value for key, value in policy.state_dict().items() if key.rpartition(".")[0] not in self.layers}
+        self.own[task] = copy.deepcopy(own)
 
 
 # ----------------------------------------------------------------------------------------- the method: dormant neurons
@@ -586,7 +588,7 @@ class Agent:
         scores = self.dormant.reset(self.policy, self.replay.recent(METRIC_BATCH)["obs"])
         resets, log = self.resets[-1], {}
         for i, score in enumerate(scores):
-            resets[i] += int((score < self.dormant.threshold).sum())
+            resets[i] += int((score < self.dormant.threshold).sum())  # a threshold of 0 with --dormant-metric none
             log |= {f"method/score/layer{i + 1}": score, f"method/resets/layer{i + 1}": resets[i]}
             log[f"method/dormant_share/layer{i + 1}"] = (score < self.args.dormant_threshold).float().mean()
         return log
@@ -642,7 +644,8 @@ def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarra
 def refuse_empty_tasks(agent: Agent) -> None:
     """Refuse a lambda at which a later task gets no neuron: now, and not at that task's start.
 
-    To encode every task takes minutes. This encodes those in doubt, where no atom of a layer is as near as lambda.
+    To encode every task takes minutes. This encodes those in doubt, where no atom's product with the sentence exceeds
+    its lambda; one that it misses is refused at its start.
     """
     for task, embedding in enumerate(agent.embeddings):
         sparsities = lambdas(agent.args, task, len(agent.embeddings))
@@ -665,8 +668,7 @@ def announce(agent: Agent, recorder: Recorder, global_step: int) -> None:
     if first_reset > min(args.reset_until - 1, args.steps_per_task) and args.dormant_metric != "none":
         recorder.say(f"warning: no dormant reset: --reset-every {args.reset_every} --reset-until {args.reset_until}")
     for group, shares in (("trainable", trainable), ("used", used)):
-        # one step later: on resume TensorBoard keeps the points of the checkpoint's own step
-        recorder.log(global_step + 1, {f"sparsity/{group}/{n}": share for n, share in zip(names, shares, strict=True)})
+        recorder.log(global_step, {f"sparsity/{group}/{n}": share for n, share in zip(names, shares, strict=True)})
 
 
 @recorded
