@@ -4,10 +4,10 @@ Paper: Neuroplastic Expansion in Deep RL, arXiv 2410.07994 (ICLR 2025). Base alg
 MuJoCo and dm_control.
 
 Actor and critics start with a fifth of their connections, placed at random. At intervals, connections are added where
-the gradient of the loss is largest, so that neurons about to fall silent get a strong signal. Before that, some
-connections of neurons that are silent already are removed; they may come back. Growth slows down along a cosine and
-ends at full size. Once the share of silent neurons stops moving, half of the batches come from the oldest transitions,
-so that what was learned early is kept.
+the gradient of the loss is largest: in the paper's words, that revives neurons about to fall silent. Before that, some
+connections of neurons that are silent already are removed; as their gradient is 0, they come back when few others are
+left to grow. Growth slows down along a cosine and ends at full size. Once the share of silent neurons stops moving,
+half of the batches come from the oldest transitions, so that what was learned early is kept.
 
 Read first: `Topology.after_step` (what is pruned and grown) with `pick`, `erdos_renyi_counts` (the start) and
 `growth_progress` (how fast), `Review` (when old transitions are reviewed), then `Agent.update` and `main`.
@@ -27,23 +27,25 @@ Copy with review: `Topology`, `erdos_renyi_counts`, `growth_progress`, `pick`, `
     python neuroplastic_expansion.py --quick                    # a small run: minutes on a laptop CPU
     python neuroplastic_expansion.py --env-id dmc/cheetah-run   # 1 M steps at the paper's sizes
 
-We implement the paper. Where the authors' code differs:
+This script follows the paper. Where the authors' code differs:
 
-1. They start from the largest weights; we draw the mask at random.
+1. The authors start from the largest weights, this script from random ones, as the paper's Erdős–Rényi start.
 2. Their dormant pruning looks layers up by names that do not exist and falls back to the smallest weights
-   (`--prune magnitude`). Ours removes connections of dormant neurons.
-3. Their review is off by default and compares the share of active units with a constant. Ours follows the change of
-   the dormant ratio. It is on by default.
-4. They skip the optimizer step on a topology update, and keep Adam's moments of weights that went. We take the step and
-   clear the moments.
-5. They zero Adam's step counters at a topology update, so the next steps are as large as at the start. Ours go on.
-6. They stop at density 0.75 and go on exchanging weights. We grow to 1 (`--final-density`) and are done.
-7. They prune 40 % of what a step grows in all, so 60 % of it is net growth. We prune at most 40 % of the net growth.
-8. Their command keeps the actor's topology (`--static_actor`). Ours grows actor and critics.
+   (`--prune magnitude`). Here connections of dormant neurons are removed.
+3. Their review is off by default and compares the share of active units with a constant. Here it is on, and follows the
+   change of the dormant ratio.
+4. They skip the optimizer step on a topology update, and keep Adam's moments of weights that went. Here the step is
+   taken, so that every update counts, and the moments are cleared, so that what comes back starts anew.
+5. They zero Adam's step counters at a topology update, so the next steps are as large as at the start. Here they go on.
+6. They stop at density 0.75 and go on exchanging weights. Here growth ends at 1 (`--final-density`), the paper's full
+   size, and nothing is pruned or grown after that.
+7. They prune 40 % of what a step grows in all, so 60 % of it is net growth. Here at most 40 % of the net growth is pruned
+   in addition, so that the schedule of the density is exact.
+8. Their command keeps the actor's topology (`--static_actor`). Here actor and critics grow.
 
-What the paper leaves open: omega limits pruning layer by layer, so a layer that starts dense is never pruned; who is
-dormant is judged after the optimizer step; the average that starts the review begins with the first change; the
-buffer is emptied at each visit, so old tasks are not reviewed.
+What the paper leaves open, and what this script does: omega limits pruning layer by layer, so a layer that starts dense
+is never pruned; who is dormant is judged after the optimizer step; the average that starts the review begins with the
+first change; the buffer is emptied at each visit, so old tasks are not reviewed.
 """
 
 import copy
@@ -66,7 +68,7 @@ from common.envs import env_sizes, make_env, seed_of
 from common.recorder import Recorder, evaluate_stored, recorded, restored
 
 LOG_EVERY = 1000  # environment steps between two points of the loss curves
-METRIC_BATCH = 1000  # recent transitions on which plasticity is measured
+METRIC_BATCH = 1000  # recent transitions on which plasticity, and the review's dormant ratio, are measured
 # Second words of numpy seed sequences: independent streams for the starts of episodes and for the method's own draws.
 TRAIN_EPISODES, EVAL_EPISODES, METHOD = 1, 2, 3
 
@@ -127,7 +129,9 @@ class Args:
     growth: Literal["gradient", "random", "none"] = "gradient"  # where connections grow; none: nothing is pruned either
     prune: Literal["dormant", "magnitude", "none"] = "dormant"  # first pruned: dormant neurons' weights, or smallest
     prune_limit: Fraction = 0.4  # omega: at most this share of the scheduled growth of a layer is pruned
-    dormant_threshold: NonNegativeFloat = 0.0  # dormant: mean activation at most this share of the layer's mean
+    dormant_threshold: NonNegativeFloat = (
+        0.0  # dormant: mean activation at most this share of the layer's mean (prune and review)
+    )
     review: bool = True  # experience review
     review_every: PositiveInt = 1000  # critic updates between measurements of the dormant ratio
     review_threshold: NonNegativeFloat = 0.01  # epsilon: review while the critics' dormant ratio changes less
@@ -177,7 +181,7 @@ class Topology:
         return self.growth != "none" and n <= self.until and (n % self.every == 0 or n == self.until)
 
     def before_step(self) -> None:
-        """After `backward`: mask the gradients. If connections change in this update, keep the dense ones for it."""
+        """After `backward`: mask the gradients. If connections change in this update, copy the dense ones first."""
         self.gradients = [layer.weight.grad.clone() for layer in self.layers] if self.due else []
         for layer, mask in zip(self.layers, self.masks, strict=True):
             layer.weight.grad.mul_(mask)
@@ -189,7 +193,7 @@ class Topology:
         if not due:
             return
         progress, never = growth_progress(self.updates, self.until), self.masks[0].new_zeros(1, dtype=torch.bool)
-        dormant = [never, *dormant_neurons(self.levels, forward, self.dormant_threshold), never]  # inputs, outputs
+        dormant = [never, *dormant_neurons(self.levels, forward, self.dormant_threshold), never]  # nor inputs, outputs
         for i, (d, layer) in enumerate((d, layer) for d, level in enumerate(self.levels) for layer in level):
             mask, tied = self.masks[i].bool(), torch.zeros_like(layer.weight)
             count, scheduled = int(mask.sum()), self.start[i] + int(progress * (self.final[i] - self.start[i]))
@@ -201,13 +205,13 @@ class Topology:
             # A hidden neuron that lost all inputs starts anew: bias 0, and weights drawn when inputs grow back. With
             # weights of 0 it would stay silent, and a silent ReLU passes no gradient on.
             orphans = ~mask.any(1) & (d < len(self.levels) - 1)
-            self._clear(i, "bias", orphans & pruned.any(1))
+            self._clear(i, "bias", orphans & pruned.any(1))  # who never had an input keeps its bias
             score = self.gradients[i].abs() if self.growth == "gradient" else tied
             grown = pick(score, ~mask, scheduled - int(mask.sum()), self.generator)
             reborn = grown & orphans[:, None]
             uniform = 2 * torch.rand(int(reborn.sum()), generator=self.generator) - 1  # as nn.Linear draws them
             layer.weight[reborn] = uniform.to(layer.weight) / math.sqrt(layer.in_features)
-            self.masks[i].copy_(mask | grown)
+            self.masks[i].copy_(mask | grown)  # other grown weights are 0 already, and so are their moments
             self.pruned, self.grown = self.pruned + int(pruned.sum()), self.grown + int(grown.sum())
 
     @torch.no_grad()
@@ -276,7 +280,7 @@ class Review:
 
     def __init__(self, threshold=0.01, probability=0.5, fraction=0.3, generator=None):
         self.threshold, self.probability, self.fraction, self.generator = threshold, probability, fraction, generator
-        self.change, self.ratio, self.reviews = math.inf, None, 0  # reviews: updates in review
+        self.change, self.ratio, self.reviews = math.inf, None, 0  # reviews: updates with review on, half by old ones
 
     def measure(self, dormant: list[Tensor]) -> None:
         """Every 1000 updates or so: f from what `dormant_neurons` returns."""
@@ -343,7 +347,7 @@ class ReplayBuffer:
         # on a CPU, pages of zeros take no memory before they are written
         self.data = {name: torch.zeros(capacity, *size, device=device) for name, size in sizes.items()}
         self.capacity, self.added = capacity, 0
-        # Where batches are drawn: tensors that stay in place, so that an update can be recorded as a CUDA graph.
+        # where batches are drawn: tensors, as a CUDA graph of the update could not see a Python number change
         self.bound, self.oldest_row = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
     def __len__(self) -> int:
@@ -361,7 +365,7 @@ class ReplayBuffer:
         self.oldest_row.fill_(self.added - len(self))
 
     def sample(self, batch_size: int) -> dict[str, Tensor]:
-        """Uniform draws with replacement (the remainder's bias is below 1e-12) from where `draw_from` said."""
+        """Uniform draws with replacement from where `draw_from` said. The bias of the remainder is below 1e-12."""
         ages = torch.randint(2**62, (batch_size,), device=self.bound.device) % self.bound
         rows = (ages + self.oldest_row) % self.capacity
         return {name: column[rows] for name, column in self.data.items()}
@@ -449,7 +453,7 @@ class Agent:
             topology_until=until // delay,
             initial_density=args.initial_density,
             final_density=args.final_density,
-            growth=args.growth if args.method == "ne" else "none",
+            growth=args.growth if args.method == "ne" else "none",  # static: the masks of the start
             prune=args.prune,
             prune_limit=args.prune_limit,
             dormant_threshold=args.dormant_threshold,
@@ -486,10 +490,10 @@ class Agent:
         return self.losses
 
     def step(self, net: str, loss: Tensor, forward: Callable) -> None:
-        """Gradients, masked; the optimizer's step; then, at the moments of the schedule, prune and grow."""
+        """Gradients, masked; the optimizer's step; then, when due, prune and grow (`Topology`, above)."""
         optimizer, topologies = self.optimizers[net], self.topologies.get(net, [])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=optimizer.param_groups[0]["params"])
+        loss.backward(inputs=optimizer.param_groups[0]["params"])  # the actor's loss leaves the critics' alone
         for topology in topologies:
             topology.before_step()
         optimizer.step()
@@ -653,17 +657,17 @@ def main(args: Args) -> dict:
 
     for phase in range(at["phase"], len(visits)):
         task, start, step, episode = visits[phase], phase * args.steps_per_task, at["step"], at["episode"]
-        env = make_task(task, seed=args.seed)
+        env = make_task(task, seed=None)  # each episode has a seed of its own
         if step == 0:
-            agent.replay.added = 0
-        while True:  # once per episode
+            agent.replay.added = 0  # old tasks are not reviewed
+        while True:  # once per episode: a run can be saved between two episodes only
             at |= {"phase": phase, "step": step, "episode": episode}
             ended = step == args.steps_per_task
             if recorder.evaluation_due(start + step, start, ended):
                 recorder.require_finite_weights(agent, start + step)
                 indices = range(len(tasks)) if ended else [tasks.index(task)]
                 if recorder.evaluate(start + step, phase, indices, policy_of, make_task, EVAL_EPISODES):
-                    recorder.log(start + step, agent.plasticity())
+                    recorder.log(start + step, agent.plasticity())  # not where a signal cut it short
             if recorder.checkpoint_due(start + step):
                 recorder.save(start + step, agent, at)
             recorder.leave()
@@ -678,7 +682,7 @@ def main(args: Args) -> dict:
                 recorder.require_finite("action", action, start + step)
                 next_obs, reward, terminated, truncated, _ = env.step(action)
                 transition = {"obs": obs, "next_obs": next_obs, "action": action, "reward": reward}
-                agent.replay.add(**transition, terminated=float(terminated))
+                agent.replay.add(**transition, terminated=float(terminated))  # a time limit is no end: bootstrap
                 obs, done = next_obs, terminated or truncated
                 step, length, episode_return = step + 1, length + 1, episode_return + reward
                 if step > args.learning_starts:
