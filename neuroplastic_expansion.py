@@ -39,8 +39,8 @@ This script follows the paper. Where the authors' code differs:
 5. They zero Adam's step counters at a topology update, so the next steps are as large as at the start. Here they go on.
 6. They stop at density 0.75 and go on exchanging weights. Here growth ends at 1 (`--final-density`), the paper's full
    size, and nothing is pruned or grown after that.
-7. They prune 40 % of what a step grows in all, so 60 % of it is net growth. Here at most 40 % of the net growth is pruned
-   in addition, so that the schedule of the density is exact.
+7. They prune 40 % of what a step grows in all, so 60 % of it is net growth. Here at most 40 % of the net growth is
+   pruned in addition, so that the density keeps its schedule exactly.
 8. Their command keeps the actor's topology (`--static_actor`). Here actor and critics grow.
 
 What the paper leaves open, and what this script does: omega limits pruning layer by layer, so a layer that starts dense
