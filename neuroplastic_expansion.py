@@ -130,7 +130,7 @@ class Args:
     prune: Literal["dormant", "magnitude", "none"] = "dormant"  # first pruned: dormant neurons' weights, or smallest
     prune_limit: Fraction = 0.4  # omega: at most this share of the scheduled growth of a layer is pruned
     dormant_threshold: NonNegativeFloat = (
-        0.0  # dormant: mean activation at most this share of the layer's mean (prune and review)
+        0.0  # dormant (prune, review): mean activation at most this share of the layer's
     )
     review: bool = True  # experience review
     review_every: PositiveInt = 1000  # critic updates between measurements of the dormant ratio
