@@ -129,9 +129,7 @@ class Args:
     growth: Literal["gradient", "random", "none"] = "gradient"  # where connections grow; none: nothing is pruned either
     prune: Literal["dormant", "magnitude", "none"] = "dormant"  # first pruned: dormant neurons' weights, or smallest
     prune_limit: Fraction = 0.4  # omega: at most this share of the scheduled growth of a layer is pruned
-    dormant_threshold: NonNegativeFloat = (
-        0.0  # dormant (prune, review): mean activation at most this share of the layer's
-    )
+    dormant_threshold: NonNegativeFloat = 0.0  # of pruning and review: mean activation by the layer's mean, at most
     review: bool = True  # experience review
     review_every: PositiveInt = 1000  # critic updates between measurements of the dormant ratio
     review_threshold: NonNegativeFloat = 0.01  # epsilon: review while the critics' dormant ratio changes less
