@@ -800,12 +800,12 @@ def test_dm_control_with_action_repeat(tmp_path):
 
 @pytest.mark.slow
 def test_it_learns_to_swing_up_a_pendulum(tmp_path):
-    """TD3 and growth together. A random policy returns about -1200.
+    """TD3 and growth together. A random policy returns about -1200, this run -161, seeds 1 and 2 -300 and -178.
 
     Which connections grow is not seen here: the tests of one topology update are for that.
     """
-    arguments = {"env_id": "Pendulum-v1", "steps_per_task": 5000, "learning_starts": 500, "eval_every": 5000}
-    arguments |= {"hidden_dim": 64, "batch_size": 128, "learning_rate": 1e-3, "gamma": 0.98, "policy_delay": 1}
+    arguments = {"env_id": "Pendulum-v1", "steps_per_task": 4000, "learning_starts": 500, "eval_every": 4000, "seed": 3}
+    arguments |= {"hidden_dim": 64, "batch_size": 64, "learning_rate": 2e-3, "gamma": 0.98, "policy_delay": 1}
     arguments |= {"topology_every": 100, "review_every": 100, "quiet": True}
     results = ne.main(Args(**arguments, run_dir=str(tmp_path / "run")))
     assert results["tasks"][0]["final_return"] > -400
