@@ -18,23 +18,24 @@ tests/transplants/rigl_sac.py and tests/transplants/rigl_td3.py do it).
     python mst_rigl.py --env-id dmc/dog-run                  # the paper's MST
     python mst_rigl.py --env-id dmc/dog-run --preset mrq     # MR.Q itself: every module dense
 
-Where we differ from the authors' code of MR.Q (1 to 6) and of RigL (7, 8), and why:
+Where this script differs from the authors' code of MR.Q (1 to 6) and from Google's of RigL (7, 8), and why:
 
-1. The 3-step return counts a terminal reward and nothing after it. Theirs leaves out the terminal reward and counts the
-   rewards after it, which belong to the next episode. Equal where nothing terminates, as in nearly all of dm_control.
+1. The 3-step return counts a terminal reward and nothing after it. The authors leave out the terminal reward and count
+   those after it, which belong to the next episode. Equal where nothing terminates, as in nearly all of dm_control.
 2. The last sub-trajectory of a truncated episode, which ends with its last observation, is sampled too.
-3. The reward scale and the 10 000 random steps count steps only. Theirs also count the slots between episodes.
-4. A step gets the largest priority when it becomes sampleable, in theirs when it is stored.
-5. A terminating step predicts the features of the episode's last observation. Theirs looks that one up in a table that
-   was not written there, and mostly finds the first observation of the run.
-6. Rewards beyond the outermost bins are clipped, theirs stop the run; priorities start from 0, theirs uninitialised.
+3. The reward scale and the 10 000 random steps count steps only. The authors also count the slots between episodes.
+4. A step gets the largest priority when it can first be sampled, five steps later. The authors give it at once.
+5. For a terminating step the next features are those of the episode's last observation. The authors read them from a
+   slot that was not written for it, and mostly find the first observation of the run.
+6. Rewards beyond the outermost bins are clipped; they stop the authors' run. Priorities start from 0.
 7. A connection that is dropped and grown again in one change starts from 0, as the paper says of grown ones. In
    Google's code it keeps its weight.
 8. An update changes a topology and makes a gradient step. RigL's Algorithm 1 does one or the other.
 
-The MST paper's code is not public. We chose block types 1 to 3, Erdős-Rényi densities per module, the interval between
-changes (The State of Sparse Training in Deep RL: every 1000 updates in its SAC), their share and end (0.3 and 75 %, its
-PPO), width 5 and depth 4 for the largest network. tests/benchmarks/results/mst_rigl.md says more, and what we measured.
+The MST paper's code is not public. Chosen here: what block types 1 to 3 are; Erdős-Rényi densities for each module;
+changes every 1000 updates, as The State of Sparse Training in Deep RL has for SAC; a first share of 0.3 and an end at
+75 %, as that paper has for PPO; width 5 and depth 4 for the largest network. More, and what was measured:
+tests/benchmarks/results/mst_rigl.md.
 """
 
 import copy
@@ -87,7 +88,9 @@ class Args:
     # agent steps; default 500 000 in dm_control (1 M frames), else 1 M (MR.Q)
     total_steps: Annotated[PositiveInt | None, tyro.conf.arg(aliases=("--total-timesteps",))] = None
     seed: Seed = 1  # seed of everything random
-    preset: Literal["mst", "mrq", "mst-362m"] = "mst"  # mrq: all dense, MR.Q's blocks; mst-362m: width 5, depth 4
+    preset: Literal["mst", "mrq", "mst-362m"] = (
+        "mst"  # mrq: all dense, MR.Q's blocks; mst-362m: width 5, depth 4 (352 M)
+    )
     quick: bool = False  # a small network on a small task: minutes on a laptop
     resume: str | None = None  # continue the run in this folder with its arguments
     evaluate: str | None = None  # evaluate the run in this folder, print the table, exit
@@ -138,9 +141,11 @@ class Args:
     encoder_sparsity: Sparsity = 0.6  # share of the encoder's linear weights that is 0, unless dense (paper: 0.6)
     critic_sparsity: Sparsity = 0.6  # share of the critics' linear weights that is 0, unless dense (paper: 0.6)
     actor_sparsity: Sparsity = 0.6  # share of the actor's linear weights that is 0, unless dense (paper: 0.6)
-    rigl_every: PositiveInt = 1000  # updates between changes of a topology (State of Sparse Training in Deep RL)
-    rigl_drop: Fraction = 0.3  # share of a layer's connections that is moved at first (as RigL); decays along a cosine
-    rigl_until: Fraction = 0.75  # share of the updates after which topologies stay (RigL: 25 000 of 32 000 steps)
+    rigl_every: PositiveInt = (
+        1000  # updates of a module between changes of its topology (State of Sparse Training, SAC)
+    )
+    rigl_drop: Fraction = 0.3  # share of a layer's connections moved at first, decays along a cosine (the same, PPO)
+    rigl_until: Fraction = 0.75  # share of the updates after which topologies stay (the same, PPO; RigL: 78 %)
 
 
 # ----------------------------------------------------------------------------------------- the method: sparse training
@@ -190,8 +195,8 @@ class Topology:
     A weight that does not exist is 0, its gradient and moments too: Adam, AdamW and a target's averaging keep it so.
     Biases are dense. masks: {place in `layers`: boolean, the weight's shape}, without the layers that stay dense.
 
-    layers: linear or convolutional, anything with a `weight`; targets: the same layers of their target networks.
-    until, every: no moves from this update on, and so many updates between two; drop: share that moves at first.
+    layers: linear or convolutional, anything with a `weight`; targets: the same of target networks that follow slowly.
+    until: the update from which nothing moves; every: updates between two moves; drop: share that moves at first.
     """
 
     STATE = ("masks", "initial", "updates", "changed")
@@ -228,7 +233,7 @@ class Topology:
             state = self.optimizer.state.get(weight, {}).values()  # empty before the first step
             for tensor in (weight, *(value for value in state if getattr(value, "shape", 0) == weight.shape)):
                 tensor.mul_(kept)
-            self.targets[i].mul_(mask.copy_(kept | grown))
+            self.targets[i].mul_(mask.copy_(kept | grown))  # without targets the weight itself, which stays as it is
         self.changed = 1 - self.overlap(before)
 
     def overlap(self, earlier: dict[int, Tensor] | None = None) -> float:
@@ -522,17 +527,17 @@ def multi_step_return(reward: Tensor, not_done: Tensor, gamma: float) -> tuple[T
 def td_target(targets: dict, batch: dict, gamma: float, noise: float, clip: float, scales: list[Tensor]) -> Tensor:
     """MR.Q's regression target of the critics (batch, 1), in units of the reward scale.
 
-    y = (n-step return + gamma^n not_done min Q'(s', pi'(s') + clipped noise) * old scale) / scale.
+    y = (n-step return + gamma^n alive min Q'(s', pi'(s') + clipped noise) * target scale) / scale.
     targets: the target networks by name; batch: what `ReplayBuffer.transitions` gives; noise: standard deviation; clip:
     largest noise; scales: mean |r| in whose units the critics learn now, and that in whose units the targets learned.
     """
-    scale, old_scale = scales
-    reward, not_done = multi_step_return(batch["reward"], batch["not_done"], gamma)
+    scale, target_scale = scales
+    returns, alive = multi_step_return(batch["reward"], batch["not_done"], gamma)
     next_zs = targets["encoder"].zs(batch["next_obs"])
     action_noise = (torch.randn_like(batch["action"]) * noise).clamp(-clip, clip)
     next_action = (torch.tanh(targets["actor"](next_zs)) + action_noise).clamp(-1, 1)
     next_q = targets["critic"](targets["encoder"].zsa(next_zs, next_action)).amin(1, keepdim=True)
-    return (reward + not_done * gamma**Q_HORIZON * next_q * old_scale) / scale
+    return (returns + alive * gamma**Q_HORIZON * next_q * target_scale) / scale
 
 
 def critic_loss(critic: Critic, zsa: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -576,6 +581,7 @@ class Agent:
             optimizer = self.optimizers[name] = torch.optim.AdamW(module.parameters(), **rates, fused=True)
             regime, sparsity = getattr(args, f"{name}_regime"), getattr(args, f"{name}_sparsity")
             self.topologies[name] = Topology(linear_layers(module), optimizer, regime, sparsity, **schedule)
+        # the targets are copied whole, so that their topologies need no care
         self.targets = {name: copy.deepcopy(module).requires_grad_(False) for name, module in self.networks.items()}
         self.replay = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
         self.updates = 0
@@ -662,7 +668,8 @@ class Agent:
         return metrics.plasticity(networks | {"actor": (actor, (encoder.zs(obs),))})
 
     def sparsity(self) -> dict[str, float]:
-        """For each module that is not dense: its density, what its last change moved, what is left of the start."""
+        """For each module that is not dense: active share of its parameters, biases too; share of the connections that
+        its last change moved; share of them that the first topology had."""
         counts, scalars = self.parameter_counts(), {}
         for name, topology in self.topologies.items():
             if topology.regime != "dense":
@@ -696,13 +703,13 @@ def load_policy(run_dir: str) -> Callable[[np.ndarray], np.ndarray]:
     return partial(act, networks["encoder"], networks["actor"])
 
 
-def warnings(agent: Agent) -> list[str]:
+def startup_warnings(agent: Agent) -> list[str]:
     """What will never happen, or be slow, with the arguments of a run."""
     args, device, lines = agent.args, agent.device.type, []
     for name, topology in agent.topologies.items():
         if topology.regime == "rigl" and topology.every >= topology.until:
             never = f"the {name}'s topology never changes: --rigl-every {topology.every}"
-            lines.append(f"warning: {never} is not below {topology.until}, its last update")
+            lines.append(f"warning: {never} is not below {topology.until}, from where on topologies stay")
     if device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -734,11 +741,11 @@ def main(args: Args) -> dict:
     phases = [(args.total_steps, args.learning_starts)]
     recorder = Recorder(args, "mst_rigl", args.env_id, tasks, phases, checkpoint)
     recorder.begin(agent, at, checkpoint, agent.parameter_counts())
-    for line in warnings(agent):
+    for line in startup_warnings(agent):
         recorder.say(line)
     env, step, episode = make_task(args.env_id, seed=args.seed), at["step"], at["episode"]
 
-    while True:  # once per episode
+    while True:  # once per episode: a run can be saved between two episodes only
         at = {"step": step, "episode": episode}
         if recorder.evaluation_due(step, 0, ended=step == args.total_steps):
             recorder.require_finite_weights(agent, step)
@@ -750,7 +757,7 @@ def main(args: Args) -> dict:
         if step == args.total_steps:
             break
 
-        obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_EPISODES, 0, episode))  # its whole future: nothing to store
+        obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_EPISODES, 0, episode))  # which decides all of it
         first_step, done, episode_return = step, False, 0.0
         while not done and step < args.total_steps:
             if step < args.learning_starts:
@@ -765,10 +772,10 @@ def main(args: Args) -> dict:
             if step <= args.learning_starts:
                 continue
             if agent.updates == 0 and not agent.replay.data["priority"].any():
-                recorder.close()
-                require(args, "action_repeat", False, f"smaller: no episode has {ENCODER_HORIZON} agent steps")
+                few = f"no episode has {ENCODER_HORIZON} agent steps, of which the encoder learns"
+                raise cli.ArgumentError(f"--env-id {args.env_id} --action-repeat {args.action_repeat}: {few}")
             agent.update()
-            if step % LOG_EVERY == 0:
+            if agent.updates % LOG_EVERY == LOG_EVERY // 2:  # between two changes of a topology
                 recorder.losses(step, agent.losses)
                 norms = {f"plasticity/{name}/grad_norm": norm for name, norm in agent.grad_norms.items()}
                 recorder.log(step, norms | {"method/reward_scale": agent.scales[0]})

@@ -31,15 +31,18 @@ Where we differ from the paper and from others' code, and why:
 
 1. A weight that is removed is an exact zero whose gradient is masked before it is clipped and whose Adam moments are
    zero. The forward pass multiplies nothing: sparsification costs a masked gradient per update.
-2. Intervals of GMP, SET, ReDo and Reset count gradient updates, not environment steps (a tenth as many on MT10).
-3. Only trunks are sparsified; the paper prunes the heads too. They are small and begin near 0, where a ranking of all
-   weights together would take them first.
-4. SET's new connections are drawn among those that were inactive before the drop, so each of them is new. Its density
-   is 1 - sparsity; the paper's density parameter of 11 would be 7 %.
-5. SET, ReDo and Reset act just before an update: an evaluation sees no connection or head that was not trained yet.
+2. Intervals of GMP, SET, ReDo and Reset count gradient updates, not environment steps (a tenth as many on MT10), so
+   that they mean the same for any number of tasks.
+3. Only trunks are sparsified; the paper prunes heads too. Heads begin near 0 here (8), where a ranking of all weights
+   together would take them first.
+4. SET's new connections are drawn among those that were inactive before the drop, so each of them is new. Table 5 has
+   zeta = 0.3 as the density parameter and 11 as zeta: two names swapped. The density is 1 - sparsity here; 11 is 7 %.
+5. SET (which the paper has on MiniGrid only), ReDo and Reset act just before the next update: an evaluation in between
+   sees no connection or head that was not trained yet.
 6. MOORE's experts are orthogonalised by modified Gram-Schmidt that bears a zero vector; the authors' gives NaN there.
 7. Goals are redrawn at every episode; MT10 proper draws them from a fixed list of 50 per task.
-8. Where the paper is silent: He-uniform weights, small uniform heads, a temperature loss linear in log alpha.
+8. Where the paper is silent: trunks begin He-uniform (MOORE's code: +-1/sqrt(inputs)), heads small and uniform (MOORE:
+   Xavier); the temperature loss is linear in log alpha.
 """
 
 import copy
@@ -65,7 +68,7 @@ from common.envs import TaskEnvs, WorkerEnvs, env_sizes, make_env, seed_of, task
 from common.recorder import Recorder, evaluate_stored, recorded, restored
 
 LOG_EVERY = 1000  # updates between two points of the loss curves
-METRIC_BATCH = 1024  # replayed transitions, over all tasks, on which plasticity is measured (paper Table 5)
+METRIC_BATCH = 1024  # replayed transitions over all tasks (1020 of ten) for plasticity and ReDo (paper Table 5)
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # paper Table 3
 MAX_RESETS = 2  # of the output layers (paper Table 5)
 TRAIN_GOALS, EVAL_GOALS = 1, 2  # streams of random numbers, see `seed_of`
@@ -135,7 +138,7 @@ class Args:
     prune_until: Fraction = 0.80  # GMP reaches its final sparsity after this share of all updates (Table 3)
     prune_scope: Literal["global", "layer"] = "global"  # GMP ranks all weights of a trunk together, or layer by layer
     evolve_every: PositiveInt = 2000  # updates between SET's rewirings (Table 5)
-    zeta: Fraction = 0.3  # share of each layer's connections that SET moves (Table 5, as the density parameter)
+    zeta: Fraction = 0.3  # share of each layer's connections that SET moves (Table 5, under a swapped name)
 
     # --- The other interventions of the paper; they combine with --method ---
 
@@ -143,7 +146,7 @@ class Args:
     redo_every: PositiveInt = 5000  # updates between recyclings of dormant units (Table 5)
     dormant_threshold: NonNegativeFloat = 0.001  # units that score at most this are dormant for ReDo (Table 5)
     reset_every: PositiveInt = 100_000  # updates between resets of the output layers, at most two of them (Table 5)
-    weight_decay: NonNegativeFloat = 1e-6  # AdamW's coefficient (Table 5: too small to change a float32)
+    weight_decay: NonNegativeFloat = 1e-6  # AdamW's coefficient (Table 5); times the step size it changes no float32
 
 
 # --------------------------------------------------------------------------------------------- the method: GMP and SET
@@ -217,7 +220,7 @@ class SparseLayers:
             weight.grad.mul_(mask)
 
     def after_step(self) -> None:
-        """Once after each step of the optimizer, before the next forward pass: new masks if they are due."""
+        """Once after each optimizer step: new masks if due. What SET moved is 0 then: evaluate before this call."""
         self.updates += 1
         if self.updates % self.every == 0:
             self.set_masks(self.next_masks(matrices(self.weights), matrices(self.masks)))
@@ -239,7 +242,7 @@ class GMP(SparseLayers):
         self.schedule, self.local = (total_updates, start, until, sparsity), local
 
     def next_masks(self, weights: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
-        groups = zip(zip(weights), zip(masks), strict=True) if self.local else [(weights, masks)]
+        groups = [([w], [m]) for w, m in zip(weights, masks, strict=True)] if self.local else [(weights, masks)]
         masks = [mask for group in groups for mask in prune(*group, gmp_sparsity(self.updates, *self.schedule))]
         if not all(mask.any() for mask in masks):
             warnings.warn("GMP left a layer without connections; local=True ranks each layer by itself", stacklevel=3)
@@ -263,19 +266,19 @@ class SET(SparseLayers):
 
 
 @torch.no_grad()
-def recycle(levels: list, optimizer, forward: Callable, tau: float, masks: dict | None = None) -> int:
+def recycle(levels: list, optimizer, forward: Callable, threshold: float, masks: dict | None = None) -> int:
     """ReDo (Sokar et al. 2023): give dormant ReLU units a new start; returns how many they were.
 
-    A unit is dormant if its mean |h| is at most tau times the mean over the connected units of its level. Its incoming
+    A unit is dormant if its mean |h| is at most threshold times the mean over its level's connected units. Its incoming
     weights are drawn anew (He-uniform), where they exist; its bias, its outgoing weights and their moments become 0.
 
-    levels: layers in order, those that read the same units in one list: [conv, fc, [fc_mean, fc_logstd]]; layers as in
-    `SparseLayers`. The outputs of the last level are not units. forward: runs them on a batch, `lambda: actor(obs)`.
+    levels: layers in order, as in `SparseLayers`; only the last may be a list, of several that read the same units:
+    [conv, fc, [fc_mean, fc_logstd]]. Its outputs are not units. forward: runs them on a batch, `lambda: actor(obs)`.
     masks: {weight: boolean, its shape} of those with missing connections, `dict(zip(sparse.weights, sparse.masks))`.
     """
     levels, masks = [level if isinstance(level, list) else [level] for level in levels], masks or {}
     inputs: dict = {reader: [] for readers in levels[1:] for reader in readers}
-    hooks = [reader.register_forward_pre_hook(lambda layer, x: inputs[layer].append(x[0].abs())) for reader in inputs]
+    hooks = [r.register_forward_pre_hook(lambda layer, read: inputs[layer].append(read[0].abs())) for r in inputs]
     forward()
     for hook in hooks:
         hook.remove()
@@ -288,7 +291,7 @@ def recycle(levels: list, optimizer, forward: Callable, tau: float, masks: dict 
         seen = [x for reader in readers for x in inputs[reader]]
         seen = [x.flatten(2).mean(2) if x.dim() > 3 else x.unflatten(-1, (units, -1)).mean(-1) for x in seen]
         magnitude = torch.cat([x.reshape(copies, -1, units) for x in seen], 1).mean(1)
-        dormant.append((magnitude <= tau * magnitude[connected].mean()) & connected)
+        dormant.append((magnitude <= threshold * magnitude[connected].mean()) & connected)
     for (layer,), units in zip(levels[:-1], dormant, strict=True):
         weight, bound = layer.weight, math.sqrt(6 * units.numel() / layer.weight.numel())
         rows = units[:, None] if weight.dim() == 3 else units.view(-1, *[1] * (weight.dim() - 1))
@@ -561,7 +564,9 @@ class Agent:
         self.alpha_optimizer = adam([self.log_alpha], weight_decay=0.0)
         self.replay = ReplayBuffer(tasks, min(args.buffer_size, args.total_steps) // tasks, obs_dim, act_dim, device)
         self.updates, self.resets, self.recycled = 0, 0, 0
-        self.grad_norms: dict[str, Tensor] = {}  # of the last update, masked, before clipping
+        self.grad_norms: dict[
+            str, Tensor
+        ] = {}  # of the last update, masked, before clipping; both critics as "critics"
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
             self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
@@ -597,7 +602,7 @@ class Agent:
         """One SAC update on all tasks. Returns the losses as 0-d tensors; nothing here waits for the device."""
         args, batch = self.args, self.replay.sample(self.args.batch_per_task)
         q_losses, q_mean = self.critic_loss(self.actor, self.critics, self.targets, self.log_alpha, batch, args)
-        self.step("critic", self.q_optimizer, q_losses.mean())
+        self.step("critics", self.q_optimizer, q_losses.mean())
         actor_losses, log_prob = self.actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])
         self.step("actor", self.actor_optimizer, actor_losses.mean())
 
@@ -641,7 +646,7 @@ class Agent:
         args, report = self.args, {}
         if self.updates == 0:
             return {}
-        if args.method == "set":
+        if args.method == "set":  # put off from the last update; before ReDo, whose outgoing zeros it would drop
             for sparse in self.sparse.values():
                 sparse.after_step()
         if args.intervention == "redo" and self.updates % args.redo_every == 0:
@@ -808,7 +813,8 @@ def main(args: Args) -> dict:
         restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
         at = checkpoint["at"]
     step, total_steps = at["step"], args.total_steps // len(tasks) * len(tasks)
-    phases = [(total_steps, args.learning_starts)]
+    warm_up_steps = args.learning_starts // len(tasks) * len(tasks)
+    phases = [(total_steps, warm_up_steps)]
     recorder = Recorder(args, "sparse_mtrl_gmp_set", args.benchmark, tasks, phases, checkpoint)
 
     def policy_of(task: int):
@@ -822,7 +828,7 @@ def main(args: Args) -> dict:
         success, densities = np.mean([row["success"] for row in recorder.rows[-len(tasks) :]]), agent.densities()
         plasticity = {name: float(value) for name, value in agent.plasticity().items()}
         at["metrics"] = {"final_success": float(success)} | plasticity
-        recorder.log(step, {"eval/mean_success": success} | plasticity)
+        recorder.log(step, plasticity)
         if args.method != "gmp":  # which logs them when it prunes
             recorder.log(step, densities)
         for name in ("critic1", "critic2"):
@@ -847,7 +853,7 @@ def main(args: Args) -> dict:
             at["episode"] += 1
             steps = min(args.episode_steps, (total_steps - step) // len(tasks))
             for _ in range(steps):
-                warm_up = step // len(tasks) < args.learning_starts // len(tasks)
+                warm_up = step < warm_up_steps
                 actions = 2 * torch.rand(len(tasks), agent.act_dim).numpy() - 1 if warm_up else agent.actor.explore(obs)
                 recorder.require_finite("action", actions, step)
                 next_obs, rewards, successes = envs.step(actions)
