@@ -88,9 +88,7 @@ class Args:
     # agent steps; default 500 000 in dm_control (1 M frames), else 1 M (MR.Q)
     total_steps: Annotated[PositiveInt | None, tyro.conf.arg(aliases=("--total-timesteps",))] = None
     seed: Seed = 1  # seed of everything random
-    preset: Literal["mst", "mrq", "mst-362m"] = (
-        "mst"  # mrq: all dense, MR.Q's blocks; mst-362m: width 5, depth 4 (352 M)
-    )
+    preset: Literal["mst", "mrq", "mst-362m"] = "mst"  # mrq: all dense, MR.Q's blocks; mst-362m: width 5, depth 4
     quick: bool = False  # a small network on a small task: minutes on a laptop
     resume: str | None = None  # continue the run in this folder with its arguments
     evaluate: str | None = None  # evaluate the run in this folder, print the table, exit
@@ -141,9 +139,7 @@ class Args:
     encoder_sparsity: Sparsity = 0.6  # share of the encoder's linear weights that is 0, unless dense (paper: 0.6)
     critic_sparsity: Sparsity = 0.6  # share of the critics' linear weights that is 0, unless dense (paper: 0.6)
     actor_sparsity: Sparsity = 0.6  # share of the actor's linear weights that is 0, unless dense (paper: 0.6)
-    rigl_every: PositiveInt = (
-        1000  # updates of a module between changes of its topology (State of Sparse Training, SAC)
-    )
+    rigl_every: PositiveInt = 1000  # updates between changes of a topology (State of Sparse Training in Deep RL, SAC)
     rigl_drop: Fraction = 0.3  # share of a layer's connections moved at first, decays along a cosine (the same, PPO)
     rigl_until: Fraction = 0.75  # share of the updates after which topologies stay (the same, PPO; RigL: 78 %)
 
@@ -772,6 +768,7 @@ def main(args: Args) -> dict:
             if step <= args.learning_starts:
                 continue
             if agent.updates == 0 and not agent.replay.data["priority"].any():
+                recorder.close()
                 few = f"no episode has {ENCODER_HORIZON} agent steps, of which the encoder learns"
                 raise cli.ArgumentError(f"--env-id {args.env_id} --action-repeat {args.action_repeat}: {few}")
             agent.update()

@@ -164,10 +164,10 @@ def check_types(args) -> None:
                 break
         if hint is None:
             continue
-        plain = {Literal: str}.get(typing.get_origin(hint), hint)
-        allowed = (int, float) if plain is float else plain
-        is_plain = isinstance(value, allowed) and (plain is bool or not isinstance(value, bool))
-        require(args, name, is_plain or typing.get_origin(hint) is Literal, f"of type {plain.__name__}")
+        if hint in (bool, int, float, str):
+            typed = isinstance(value, (int, float) if hint is float else hint)
+            typed &= hint is bool or not isinstance(value, bool)  # in Python a bool is an int
+            require(args, name, typed, f"of type {hint.__name__}")
         if typing.get_origin(hint) is Literal:
             choices = typing.get_args(hint)
             require(args, name, value in choices, "one of " + ", ".join(map(str, choices)))
@@ -177,7 +177,7 @@ def check_types(args) -> None:
         require(args, name, all(BOUNDS[type(bound)][0](value, bound) for bound in bounds), allowed)
         if isinstance(value, int | float):
             require(args, name, math.isfinite(value), "a finite number")
-            require(args, name, abs(value) < (2**53 if plain is int else FLOAT32_MAX), "smaller in size")
+            require(args, name, abs(value) < (2**53 if hint is int else FLOAT32_MAX), "smaller in size")
 
 
 def refuse_contradictions(args, stored: dict) -> None:
