@@ -1,5 +1,6 @@
 """common/sweep.py with a script that takes seconds; Ray itself in one test, a real script in another."""
 
+import _thread
 import contextlib
 import json
 import os
@@ -58,6 +59,8 @@ for step in range(begin + 1, args.steps + 1):
         print(step, args.seed * step, sep=",", file=file)
     checkpoint.with_suffix(".tmp").write_text(str(step))
     os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    if stop:
+        (folder / "stopped").touch()
     if stop or (args.mode == "drained" and first and step == 2):
         sys.exit(143)
     if args.mode == "fails" and step == 2:
@@ -266,9 +269,15 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew(fake, folder):
 
 def test_a_stopped_run_saves_and_goes_on(fake, folder):
     run_dir, line = folder / "run", [fake, "--steps", "40", "--pace", "0.05", "--seed", "1"]
-    timer = threading.Thread(target=lambda: (wait_until(lambda: steps(run_dir), "a step"), os.kill(os.getpid(), 2)))
+
+    def cancel():
+        wait_until(lambda: steps(run_dir), "a step")
+        _thread.interrupt_main()  # as Ray does: no call of the system is interrupted
+
+    timer = threading.Thread(target=cancel)
     timer.start()
     assert sweep.execute(line, run_dir, str(ROOT), TOKEN, 2) is None  # no KeyboardInterrupt, no second attempt
+    assert not alive(calls(run_dir)[0]["pid"]) and (run_dir / "stopped").exists()
     timer.join()
     saved = int((run_dir / "checkpoint.pt").read_text())
     assert len(calls(run_dir)) == 1 and 0 < saved < 40 and sweep.done(run_dir) == saved / 40
@@ -299,13 +308,13 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
 def test_a_script_saves_and_ends_when_its_worker_is_killed(fake, folder):
     run_dir, worker = folder / "run", os.fork()
     if not worker:
-        sweep.execute([fake, "--steps", "2000", "--pace", "0.05"], run_dir, str(ROOT), TOKEN, 0)
+        sweep.execute([fake, "--steps", "9000", "--pace", "0.05"], run_dir, str(ROOT), TOKEN, 0)
         os._exit(0)
     wait_until(lambda: steps(run_dir) > 1, "a step")
     os.kill(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
     wait_until(lambda: not alive(calls(run_dir)[0]["pid"]), "the script lives on")
-    assert int((run_dir / "checkpoint.pt").read_text()) == steps(run_dir)
+    assert int((run_dir / "checkpoint.pt").read_text()) == steps(run_dir) and (run_dir / "stopped").exists()
 
 
 def test_where_the_folder_is_not_shared_nothing_runs(fake, folder):
