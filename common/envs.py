@@ -235,7 +235,7 @@ def _make_meta_world(
     env._set_task_called = True
     env.seeded_rand_vec = True  # else positions come from NumPy's global generator
     env.max_path_length = 200 if max_episode_steps is None else max_episode_steps
-    env.seed(seed)
+    env.seed(seed or 0)
     return env
 
 

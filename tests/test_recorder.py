@@ -436,7 +436,7 @@ def test_whatever_ends_main_signals_and_folder_are_given_back(tmp_path, error, m
         assert {s: signal.getsignal(s) for s in handlers} != handlers
         raise error
 
-    expected = type(error) if isinstance(error, ZeroDivisionError) else RunError
+    expected = RunError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected, match=message) as raised:
         main(None)
     assert "\n" not in str(raised.value)
