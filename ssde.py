@@ -75,7 +75,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder with its arguments
     evaluate: str | None = None  # evaluate the run in this folder on the tasks it has seen, print the table, exit
     episodes: PositiveInt = 10  # episodes per task of --evaluate
-    run_dir: str | None = None  # folder of the run; default runs/ssde__<task-seq>__<seed>__<time>
+    run_dir: str | None = None  # folder of the run; by default a new one under runs/
     device: Device = "auto"  # auto: cuda if there is one
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     compile: bool = False  # torch.compile the losses of critics and actor
