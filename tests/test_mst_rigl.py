@@ -1071,9 +1071,7 @@ def test_tensorboard_has_the_named_scalars(finished_run):
 def test_episodes_that_are_too_short_for_the_encoder_are_refused(tmp_path):
     options = TINY | {"env_id": "dmc/cartpole-swingup", "action_repeat": 250, "run_dir": str(tmp_path / "run")}
     options |= {"learning_starts": 20}
-    with pytest.raises(
-        ArgumentError, match="--action-repeat 250: no episode has 5 agent steps"
-    ):
+    with pytest.raises(ArgumentError, match="--action-repeat 250: no episode has 5 agent steps"):
         mst_rigl.main(Args(**options))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
