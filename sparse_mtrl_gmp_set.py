@@ -564,9 +564,7 @@ class Agent:
         self.alpha_optimizer = adam([self.log_alpha], weight_decay=0.0)
         self.replay = ReplayBuffer(tasks, min(args.buffer_size, args.total_steps) // tasks, obs_dim, act_dim, device)
         self.updates, self.resets, self.recycled = 0, 0, 0
-        self.grad_norms: dict[
-            str, Tensor
-        ] = {}  # of the last update, masked, before clipping; both critics as "critics"
+        self.grad_norms: dict[str, Tensor] = {}  # "actor" and "critics" (both), masked, before clipping
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
             self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
