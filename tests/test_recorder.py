@@ -545,23 +545,39 @@ def test_steps_left_of_either_kind_are_counted_one_by_one(phases, step):
 def test_the_time_to_go_knows_that_warm_up_is_cheap(monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    progress = Progress([(100, 20), (100, 20)], 0, None, quiet=True)
-    assert progress.plan() == "200 steps, 160 of them with updates; time to go: when learning has begun"
+    progress = Progress([(1000, 200), (1000, 200)], 0, None, quiet=True)
+    assert progress.plan() == "2,000 steps, 1,600 of them with updates; time to go: when learning has begun"
 
     def move(step, seconds):
         clock[0] += seconds
         progress.move(step, {})
 
-    move(10, 1.0)  # 0.1 s a step
+    move(100, 10.0)  # 0.1 s a step
     assert progress.remaining() is None
-    move(30, 9.0)  # both kinds: of no use
-    move(40, 30.0)  # 3 s a step
-    assert progress.remaining() == pytest.approx(60 * 3 + 20 * 0.1 + 80 * 3)
-    resumed = Progress([(100, 20), (100, 20)], 40, progress.pace, quiet=True)
-    assert resumed.remaining() == progress.remaining() and resumed.plan().endswith("time to go: about 7 min")
-    move(40, 50.0)  # work between two steps counts for the next one
-    move(50, 10.0)
-    assert progress.pace["learning"] == [20, 90.0]
+    move(300, 90.0)  # both kinds: of no use
+    move(310, 100.0)  # a first update that does the work of many
+    assert progress.remaining() is None
+    move(400, 20.0)  # 120 s for 100 steps
+    assert progress.remaining() is None
+    move(401, 1.0)
+    per_step = 121 / 101
+    assert progress.remaining() == pytest.approx(599 * per_step + 200 * 0.1 + 800 * per_step)
+    resumed = Progress([(1000, 200), (1000, 200)], 401, progress.pace, quiet=True)
+    assert resumed.remaining() == progress.remaining() and resumed.plan().endswith("time to go: about 28 min")
+    move(401, 50.0)  # work between two steps counts for the next one
+    move(501, 10.0)
+    assert progress.pace["learning"] == [201, 181.0]
+
+
+def test_many_steps_that_learn_can_be_trusted_after_seconds(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    progress = Progress([(10_000, 0)], 0, None, quiet=True)
+    for step, known in ((400, False), (600, True)):
+        clock[0] = step / 80
+        progress.move(step, {})
+        assert (progress.remaining() is not None) == known
+    assert progress.remaining() == pytest.approx(9400 / 80)
 
 
 def test_where_there_is_no_terminal_a_line_comes_at_most_once_a_minute(monkeypatch, capsys):
@@ -573,11 +589,11 @@ def test_where_there_is_no_terminal_a_line_comes_at_most_once_a_minute(monkeypat
         progress.move(step, {"task": "reach", "return": "5"})
     out, err = capsys.readouterr()
     assert err.splitlines() == [
-        "step 30 of 1,000: 0.4 steps/s, task reach, return 5, to go 40 min",
+        "step 30 of 1,000: 0.4 steps/s, task reach, return 5",
         "step 60 of 1,000: 0.4 steps/s, task reach, return 5, to go 39 min",
         "step 90 of 1,000: 0.4 steps/s, task reach, return 5, to go 38 min",
     ]
-    assert out == "2500.0 ms a step that learns: about 41 min to go\n"
+    assert out == "2500.0 ms a step that learns: about 40 min to go\n"
 
 
 def test_quiet_says_nothing(tmp_path, capsys):
