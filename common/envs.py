@@ -365,11 +365,6 @@ def check_spaces(env_id: str, env: gym.Env) -> None:
         raise ValueError(f"{env_id!r} has unbounded actions: expected finite bounds; {wrappers}.ClipAction helps")
 
 
-def can_draw() -> bool:
-    """Whether environments can be rendered here: there is a display, or the EGL library."""
-    return os.environ.get("MUJOCO_GL") != "disable"
-
-
 def make_env(
     env_id: str,
     *,
