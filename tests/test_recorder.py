@@ -195,11 +195,47 @@ def test_names_are_unique_and_short(tmp_path, monkeypatch):
     assert len(names) == 5 and all(len(name) < 100 and re.fullmatch(r"[\w.+-]+", name) for name in names)
 
 
-def test_wandb_is_needed_only_with_track(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(ArgumentError, match="pip install wandb"):
-        new_recorder(tmp_path / "run", track=True)
-    assert not (tmp_path / "run").exists()
+class Wandb:
+    """Stands in for Weights & Biases."""
+
+    def __init__(self, logged_in=True):
+        self.logged_in, self.calls, self.id = logged_in, [], "own-id"
+
+    def login(self, prompt):
+        assert not prompt, "nobody may be there to answer"
+        return self.logged_in
+
+    def init(self, **options):
+        self.calls.append(options)
+        self.id = options.get("id", self.id)
+        return self
+
+    def finish(self):
+        self.calls.append("finish")
+
+
+def test_wandb_is_needed_only_with_track_and_so_is_a_login(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for module, message in ((None, "pip install wandb"), (Wandb(logged_in=False), "no login: run `wandb login`")):
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        with pytest.raises(ArgumentError, match=message):
+            new_recorder(tmp_path / "run", track=True)
+        assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    new_recorder(tmp_path / "run", track=True).close()
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_each_is_finished(tmp_path, monkeypatch):
+    run_dir, first, second = tmp_path / "run", Wandb(), Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", first)
+    recorder = new_recorder(run_dir, track=True)
+    recorder.save(5, Agent(1), {})
+    recorder.close()
+    monkeypatch.setitem(sys.modules, "wandb", second)
+    new_recorder(run_dir, load_checkpoint(str(run_dir), "script"), resume=str(run_dir), track=True).close()
+    assert "id" not in first.calls[0] and first.calls[1:] == ["finish"] == second.calls[1:]
+    assert (second.calls[0]["id"], second.calls[0]["resume"]) == ("own-id", "allow")
+    assert second.calls[0]["sync_tensorboard"] and second.calls[0]["name"] == "run"
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
