@@ -457,7 +457,7 @@ def test_a_sweep_on_ray(fake, tmp_path, cluster, plain_run):
     words = ["--", fake, "--steps", "3000", "--pace", "0.05", "--seed", "1", "2"]
     runs = [folder / "fake__seed=1", folder / "fake__seed=2"]
 
-    first = Sweep(folder, *words)
+    first = Sweep(folder, "--cpus", "0.5", *words)  # two at once on a machine with one core, too
     wait_until(lambda: all(steps(run_dir) > 1 for run_dir in runs), "two runs at once")
     assert all(call["threads"] == "1" and call["cwd"] == str(ROOT) for run_dir in runs for call in calls(run_dir))
     os.kill(calls(runs[0])[0]["parent"], signal.SIGKILL)  # Ray's worker
