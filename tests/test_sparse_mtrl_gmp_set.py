@@ -1044,7 +1044,7 @@ def test_other_options_run_to_their_end(tmp_path, monkeypatch, capsys):
     known |= {"charts/SPS", "charts/episodic_return", "charts/episodic_length", "charts/episodic_success"}
     tasks = ("reach-v3", "drawer-close-v3", "push-v3")
     known |= {f"eval/{what}/{task}" for what in ("return", "success") for task in tasks}
-    known |= {"plasticity/actor/fisher_trace"}
+    known |= {"eval/mean_success", "plasticity/actor/fisher_trace"}
     plasticity = (*metrics.DORMANT_TAUS, "active_fraction", "srank", "effective_rank", "stable_rank", "weight_norm")
     for net in ("actor", "critic"):
         known |= {f"plasticity/{net}/{name}" for name in (*plasticity, "gradient_cosine")}
