@@ -659,6 +659,16 @@ def test_durations_in_words(seconds, words):
     assert duration(seconds) == words
 
 
+def test_the_final_table_has_the_headline_metrics_in_one_column(tmp_path, capsys):
+    tasks = [{"index": 0, "name": "a", "final_return": 12.34, "final_success": 0.5}]
+    metrics = {"forgetting": 0.25, "steps": 7, "plasticity/actor/srank": 3, "per_task": [1, 2], "n" * 40: 1.0}
+    rec.print_results({"tasks": tasks, "metrics": metrics, "global_step": 9, "steps_per_second": 3.0}, tmp_path)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert lines[0].split() == ["0", "a", "12.3", "0.50"]
+    assert [line.split() for line in lines[1:4]] == [["forgetting", "0.2500"], ["steps", "7"], ["n" * 40, "1.0000"]]
+    assert {len(line) for line in lines[1:4]} == {52} and lines[4] == f"9 steps, 3.0 a second. The run: {tmp_path}"
+
+
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
