@@ -14,7 +14,7 @@ Read first: `Topology` and `rigl_topology` (which weights exist), `Block` (the s
 Copy: `erdos_renyi_counts`, `rigl_fraction`, `rigl_topology` and `Topology` (75 lines;
 tests/transplants/rigl_sac.py and tests/transplants/rigl_td3.py do it).
 
-    python mst_rigl.py --quick                               # a small MST on a small task, two minutes on a CPU
+    python mst_rigl.py --quick                               # a small MST on a small task, a minute on a CPU
     python mst_rigl.py --env-id dmc/dog-run                  # the paper's MST
     python mst_rigl.py --env-id dmc/dog-run --preset mrq     # MR.Q itself: every module dense
 

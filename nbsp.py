@@ -15,7 +15,7 @@ Read first: `SkillMasks` and the functions below it (Algorithm 1, Eq. 5 and 6), 
 Copy: `SkillMasks`, `neuron_scores`, `skill_neurons`, `gradient_masks`, `dealt_anew`, `hidden_activations`
 (88 lines; tests/transplants/nbsp_sac.py does it). The replay of earlier tasks is four lines of the loop there.
 
-    python nbsp.py --quick                                          # reach, button-press, twice: 10 minutes on a CPU
+    python nbsp.py --quick                                          # reach, button-press, twice: minutes on a CPU
     python nbsp.py --task-seq window-open,window-close --cycles 2   # the paper's first cycle, 500 000 steps a visit
 
 No code of the authors is known. Where we differ from the paper (1, 3), and what we chose where it is silent:
