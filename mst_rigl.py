@@ -53,6 +53,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from common import cli, metrics
+from common.capture import Captured, CapturedPolicy, keep
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import env_sizes, make_env, seed_of
 from common.recorder import Recorder, evaluate_stored, recorded, restored
@@ -96,6 +97,7 @@ class Args:
     run_dir: str | None = None  # folder of the run; by default a new one under runs/
     device: Device = "auto"  # auto: cuda if there is one
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
+    cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
     compile: bool = False  # torch.compile the losses and the critics' targets
     bf16: bool = False  # products of the updates in bfloat16 (autocast); not bit-comparable with float32
     checkpoint_every: NonNegativeInt = 50_000  # agent steps between checkpoints; 0: start, end and signals only
@@ -190,9 +192,8 @@ class Topology:
 
     A weight that does not exist is 0, its gradient and moments too: Adam, AdamW and a target's averaging keep it so.
     Biases are dense. masks: {place in `layers`: boolean, the weight's shape}, without the layers that stay dense.
-
-    layers: linear or convolutional, anything with a `weight`; targets: the same of target networks that follow slowly.
-    until: the update from which nothing moves; every: updates between two moves; drop: share that moves at first.
+    layers: anything with a `weight`; targets: the same of target networks that follow slowly. until: the update from
+    which nothing moves; every: updates between two moves; drop: share that moves at first, `changed`: at the last one.
     """
 
     STATE = ("masks", "initial", "updates", "changed")
@@ -211,32 +212,32 @@ class Topology:
                 target.data.mul_(self.masks[i])
         self.initial = {i: mask.clone() for i, mask in self.masks.items()}
 
+    @property
+    def due(self) -> bool:
+        """Whether connections move in the present update."""
+        return self.regime == "rigl" and (self.updates + 1) % self.every == 0 and self.updates + 1 < self.until
+
     @torch.no_grad()
     def before_step(self) -> None:
         """Between `backward` and the clip of the gradient's norm: RigL reads the dense gradient, then it is masked."""
-        self.updates += 1
-        if self.regime == "rigl" and self.updates % self.every == 0 and self.updates < self.until:
+        due, self.updates = self.due, self.updates + 1
+        if due:
             self._move_connections(rigl_fraction(self.updates, self.until, self.drop))
         for i, mask in self.masks.items():
             self.weights[i].grad.mul_(mask)
 
     def _move_connections(self, fraction: float) -> None:
         """Drop and grow that share of each layer's connections; grown ones start from 0 with zero moments."""
-        before = {i: mask.clone() for i, mask in self.masks.items()}
+        moved = total = 0
         for i, mask in self.masks.items():
-            weight = self.weights[i]
-            kept, grown = rigl_topology(weight, weight.grad, mask, int(fraction * int(mask.sum())))
+            weight, count = self.weights[i], int(mask.sum())
+            kept, grown = rigl_topology(weight, weight.grad, mask, int(fraction * count))
+            moved, total = moved + int((grown & ~mask).sum()), total + count
             state = self.optimizer.state.get(weight, {}).values()  # empty before the first step
             for tensor in (weight, *(value for value in state if getattr(value, "shape", 0) == weight.shape)):
                 tensor.mul_(kept)
             self.targets[i].mul_(mask.copy_(kept | grown))  # without targets the weight itself, which stays as it is
-        self.changed = 1 - self.overlap(before)
-
-    def overlap(self, earlier: dict[int, Tensor] | None = None) -> float:
-        """Share of today's connections that the masks `earlier`, else the first ones, had; 1 if no layer has a mask."""
-        shared = sum(int((mask & (earlier or self.initial)[i]).sum()) for i, mask in self.masks.items())
-        total = sum(int(mask.sum()) for mask in self.masks.values())
-        return shared / total if total else 1.0
+        self.changed = moved / max(1, total)
 
 
 # --------------------------------------------------------------------------------------------------------- networks
@@ -550,15 +551,17 @@ def actor_loss(actor: Actor, encoder: Encoder, critic: Critic, zs: Tensor) -> Te
     return -q.mean() + PRE_ACTIVATION_WEIGHT * pre_activation.square().mean()
 
 
-@torch.no_grad()
-def act(encoder: Encoder, actor: Actor, obs: np.ndarray, noise: float = 0.0) -> np.ndarray:
+def policy(encoder: Encoder, actor: Actor, obs: Tensor, noise: float = 0.0) -> Tensor:
     """One observation (obs_dim,) -> one action (act_dim,) in [-1, 1]. noise: standard deviation of what is added."""
-    device = actor[-1].weight.device
-    zs = encoder.zs(torch.as_tensor(obs, dtype=torch.float32, device=device)[None])
-    action = torch.tanh(actor(zs))[0]
-    if noise:
-        action = (action + noise * torch.randn_like(action)).clamp(-1, 1)
-    return action.cpu().numpy()
+    action = torch.tanh(actor(encoder.zs(obs[None])))[0]
+    return (action + noise * torch.randn_like(action)).clamp(-1, 1) if noise else action
+
+
+@torch.no_grad()
+def act(encoder: Encoder, actor: Actor, obs: np.ndarray) -> np.ndarray:
+    """The policy without noise, for an observation of any float type."""
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=actor[-1].weight.device)
+    return policy(encoder, actor, obs).cpu().numpy()
 
 
 class Agent:
@@ -573,8 +576,9 @@ class Agent:
         schedule = {"until": int(args.rigl_until * (args.total_steps - args.learning_starts))}
         schedule |= {"every": args.rigl_every, "drop": args.rigl_drop}
         for name, module in self.networks.items():
-            rates = {"lr": getattr(args, f"{name}_lr"), "weight_decay": args.weight_decay}
-            optimizer = self.optimizers[name] = torch.optim.AdamW(module.parameters(), **rates, fused=True)
+            options = {"lr": getattr(args, f"{name}_lr"), "weight_decay": args.weight_decay, "fused": True}
+            options["capturable"] = device.type == "cuda"
+            optimizer = self.optimizers[name] = torch.optim.AdamW(module.parameters(), **options)
             regime, sparsity = getattr(args, f"{name}_regime"), getattr(args, f"{name}_sparsity")
             self.topologies[name] = Topology(linear_layers(module), optimizer, regime, sparsity, **schedule)
         # the targets are copied whole, so that their topologies need no care
@@ -588,19 +592,25 @@ class Agent:
         compiled = map(torch.compile, functions) if args.compile else functions
         self.encoder_loss, self.critic_loss, self.actor_loss, self.td_target = compiled
 
-    def act(self, obs: np.ndarray, noise: float = 0.0) -> np.ndarray:
-        """One observation (obs_dim,) -> one action (act_dim,), see the function `act`."""
-        return act(self.networks["encoder"], self.networks["actor"], obs, noise)
+        captured, topologies = partial(Captured, device=device, graphs=args.cuda_graph), self.topologies
+        self.train_encoder = captured(self.update_encoder, schedules=lambda _: [topologies["encoder"]])
+        both = [topologies["critic"], topologies["actor"]]
+        self.train_critic_and_actor = captured(self.update_critic_and_actor, schedules=lambda: both)
+        explore = partial(policy, self.networks["encoder"], self.networks["actor"], noise=args.exploration_noise)
+        self.explore = CapturedPolicy(explore, device, args.cuda_graph)
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """One observation (obs_dim,) -> the action without noise (act_dim,)."""
+        return act(self.networks["encoder"], self.networks["actor"], obs)
 
     def update(self) -> None:
         """One training step of MR.Q; its losses are in `self.losses`. Only a topology change waits for the device."""
-        args = self.args
-        if self.updates % args.target_update_every == 0:
+        if self.updates % self.args.target_update_every == 0:
             self.copy_targets()
-            for _ in range(args.target_update_every):
-                self.update_encoder(self.replay.sample_rows(args.batch_size))
+            for _ in range(self.args.target_update_every):
+                self.train_encoder(self.replay.terminates)
         self.updates += 1
-        self.update_critic_and_actor(self.replay.sample_rows(args.batch_size))
+        self.train_critic_and_actor()
 
     def copy_targets(self) -> None:
         """Targets become what the networks are now, and the reward scale is measured again."""
@@ -610,18 +620,17 @@ class Agent:
         old_scale.copy_(scale)
         scale.copy_(self.replay.reward_scale())
 
-    def update_encoder(self, rows: Tensor) -> None:
-        """One step of the encoder on the sub-trajectories from `rows` (batch,)."""
-        batch = self.replay.sub_trajectories(rows)
+    def update_encoder(self, terminates: bool) -> None:
+        """One step of the encoder, as common/capture.py asks. terminates: whether any step ever terminated."""
+        batch = self.replay.sub_trajectories(self.replay.sample_rows(self.args.batch_size))
         with self.autocast():
-            encoders = self.networks["encoder"], self.targets["encoder"]
-            loss, dynamics, reward, done = self.encoder_loss(*encoders, batch, self.replay.terminates)
+            loss, *parts = self.encoder_loss(self.networks["encoder"], self.targets["encoder"], batch, terminates)
         self.step("encoder", loss)
-        self.losses |= {"encoder": loss.detach(), "dynamics": dynamics, "reward": reward, "done": done}
+        keep(self.losses, dict(zip(("encoder", "dynamics", "reward", "done"), (loss, *parts), strict=True)))
 
-    def update_critic_and_actor(self, rows: Tensor) -> None:
-        """One step of the critics, then one of the actor, on the transitions from `rows`; new priorities for them."""
-        args = self.args
+    def update_critic_and_actor(self) -> None:
+        """One step of the critics, then one of the actor, and new priorities. As common/capture.py asks."""
+        args, rows = self.args, self.replay.sample_rows(self.args.batch_size)
         encoder, critic, actor = self.networks.values()
         batch = self.replay.transitions(rows)
         with self.autocast(), torch.no_grad():
@@ -635,7 +644,7 @@ class Agent:
         with self.autocast():
             policy_loss = self.actor_loss(actor, encoder, critic, zs)
         self.step("actor", policy_loss)
-        self.losses |= {"critic": loss.detach(), "q": q_mean, "actor": policy_loss.detach()}
+        keep(self.losses, {"critic": loss, "q": q_mean, "actor": policy_loss})
 
     def step(self, name: str, loss: Tensor, max_grad_norm: float = math.inf) -> None:
         """Gradients of one module only, then its topology, then the norm's clip, then AdamW."""
@@ -644,7 +653,7 @@ class Agent:
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=parameters)
         self.topologies[name].before_step()
-        self.grad_norms[name] = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        keep(self.grad_norms, {name: nn.utils.clip_grad_norm_(parameters, max_grad_norm)})
         optimizer.step()
 
     def autocast(self) -> torch.autocast:
@@ -671,7 +680,9 @@ class Agent:
             if topology.regime != "dense":
                 scalars[f"sparsity/{name}/density"] = counts[f"{name}_active"] / counts[name]
                 scalars[f"sparsity/{name}/changed"] = topology.changed
-                scalars[f"sparsity/{name}/overlap_with_initial"] = topology.overlap()
+                kept = sum(int((mask & topology.initial[i]).sum()) for i, mask in topology.masks.items())
+                connections = sum(int(mask.sum()) for mask in topology.masks.values())
+                scalars[f"sparsity/{name}/overlap_with_initial"] = kept / connections if connections else 1.0
         return scalars
 
     def parameter_counts(self) -> dict[str, int]:
@@ -756,10 +767,7 @@ def main(args: Args) -> dict:
         obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_EPISODES, 0, episode))  # which decides all of it
         first_step, done, episode_return = step, False, 0.0
         while not done and step < args.total_steps:
-            if step < args.learning_starts:
-                action = (2 * torch.rand(act_dim) - 1).numpy()
-            else:
-                action = agent.act(obs, args.exploration_noise)
+            action = (2 * torch.rand(act_dim) - 1).numpy() if step < args.learning_starts else agent.explore(obs)
             recorder.require_finite("action", action, step)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             agent.replay.add(obs, action, reward, next_obs, terminated, truncated)

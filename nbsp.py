@@ -52,11 +52,12 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from common import cli, metrics
+from common.capture import Captured, CapturedPolicy, keep
 from common.cli import Device, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import env_sizes, make_env, seed_of, task_sequence
 from common.recorder import Recorder, evaluate_stored, recorded, restored
 
-LOG_EVERY = 1000  # updates between two points of the loss curves
+LOG_EVERY, LOGGED = 1000, 2  # updates between two points of the loss curves, at one of the actor and not of replay
 METRIC_BATCH = 1000  # recent transitions on which plasticity is measured
 CONSTANT = 1e-3  # a goal proximity whose range within every episode is smaller counts as constant
 ACTOR_EVERY = 2  # every second update trains the actor, twice (CleanRL)
@@ -82,6 +83,7 @@ class Args:
     run_dir: str | None = None  # folder of the run; by default a new one under runs/
     device: Device = "auto"  # auto: cuda if there is one
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
+    cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
     compile: bool = False  # torch.compile the losses
     checkpoint_every: NonNegativeInt = 50_000  # environment steps between checkpoints; 0: task borders and signals only
     quiet: bool = False  # print nothing
@@ -369,10 +371,10 @@ class Actor(nn.Module):
         return torch.tanh(u), log_prob.sum(-1)
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, explore: bool = False) -> np.ndarray:
-        """One observation (obs_dim,) -> one action (act_dim,)."""
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """One observation (obs_dim,) -> the action of the mean (act_dim,)."""
         obs = torch.from_numpy(obs).to(self.head.weight.device)[None]
-        return (self.sample(obs)[0] if explore else torch.tanh(self(obs)[0]))[0].cpu().numpy()
+        return torch.tanh(self(obs)[0])[0].cpu().numpy()
 
 
 class Critic(nn.Module):
@@ -427,9 +429,10 @@ class Agent:
         self.critics = Critics(Critic(obs_dim + act_dim, *shape) for _ in range(2)).to(device)
         self.targets = copy.deepcopy(self.critics)
         self.log_alpha = torch.zeros((), device=device, requires_grad=True)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.critic_lr, fused=True)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.critic_lr, fused=True)
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
+        self.critic_optimizer = adam(self.critics.parameters(), lr=args.critic_lr)
+        self.alpha_optimizer = adam([self.log_alpha], lr=args.critic_lr)
         compiled = torch.compile if args.compile else lambda loss: loss
         self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         self.replay = ReplayBuffer(min(args.buffer_size, args.steps_per_task), obs_dim, act_dim, device)
@@ -445,6 +448,8 @@ class Agent:
         self.critic_masks = [self.skills["critic1"], self.skills["critic2"]] if masked and args.mask_critic else []
         self.updates = 0
         self.losses: dict[str, Tensor] = {}  # the latest ones, 0-d; on batches of earlier tasks "previous/..."
+        self.captured = Captured(self.learn, device, args.cuda_graph)
+        self.explore = CapturedPolicy(lambda obs: self.actor.sample(obs[None])[0][0], device, args.cuda_graph)
 
     def step(self, optimizer: torch.optim.Adam, loss: Tensor, masks: Sequence[SkillMasks] = ()) -> None:
         """Gradients of the optimizer's own parameters, and its step, masked."""
@@ -457,25 +462,28 @@ class Agent:
             mask.after_step()
 
     def update(self) -> None:
-        """One SAC update; every `replay_every`-th one is on earlier tasks. Nothing here waits for the device."""
-        args = self.args
+        """One SAC update; every `replay_every`-th one is on earlier tasks, every second trains the actor."""
         self.updates += 1
-        replays = len(self.previous) > 0 and self.updates % args.replay_every == 0
+        replays = len(self.previous) > 0 and self.updates % self.args.replay_every == 0
+        logged = self.updates % LOG_EVERY == LOGGED  # by `main`, which reads the gradients too
+        self.captured(replays, self.updates % ACTOR_EVERY == 0, eager=logged)
+
+    def learn(self, replays: bool, trains_actor: bool) -> None:
+        """The work of an update, on a batch of earlier tasks or of the present one. As common/capture.py asks."""
+        args, group = self.args, "previous/" if replays else ""
         batch = (self.previous if replays else self.replay).sample(args.batch_size)
-        group = "previous/" if replays else ""
 
         q_loss, q_mean = self.critic_loss(self.actor, self.critics, self.targets, self.log_alpha, batch, args.gamma)
         self.step(self.critic_optimizer, q_loss, self.critic_masks)
-        self.losses |= {f"{group}critic": q_loss.detach(), f"{group}q": q_mean}
+        keep(self.losses, {f"{group}critic": q_loss, f"{group}q": q_mean})
 
-        actor_steps = ACTOR_EVERY if self.updates % ACTOR_EVERY == 0 else 0  # two for the update without one
-        for _ in range(actor_steps):
+        for _ in range(ACTOR_EVERY if trains_actor else 0):  # two steps: one for the update without
             policy_loss, log_prob = self.actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])
             self.step(self.actor_optimizer, policy_loss, self.actor_masks)
             alpha_loss = -self.log_alpha.exp() * (log_prob - self.act_dim)  # target entropy -|A|
             self.step(self.alpha_optimizer, alpha_loss)
-            self.losses |= {f"{group}actor": policy_loss.detach(), f"{group}entropy": -log_prob}
-            self.losses["alpha"] = self.log_alpha.detach().exp()
+            values = {f"{group}actor": policy_loss, f"{group}entropy": -log_prob, "alpha": self.log_alpha.exp()}
+            keep(self.losses, values)
 
         with torch.no_grad():
             for target, value in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
@@ -662,10 +670,8 @@ def main(args: Args) -> dict:
             obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_GOALS, phase, episode))
             truncated, episode_return, success, length = False, 0.0, 0.0, 0
             while not truncated and step < args.steps_per_task:
-                if step < random_steps[phase]:
-                    action = 2 * torch.rand(act_dim).numpy() - 1  # of PyTorch's generator, which is in the checkpoint
-                else:
-                    action = agent.actor.act(obs, explore=True)
+                warm_up = step < random_steps[phase]  # uniform, of PyTorch's generator, which is in the checkpoint
+                action = 2 * torch.rand(act_dim).numpy() - 1 if warm_up else agent.explore(obs)
                 recorder.require_finite("action", action, start + step)
                 next_obs, reward, _, truncated, info = env.step(action)
                 agent.replay.add(obs=obs, next_obs=next_obs, action=action, reward=reward)
@@ -673,7 +679,7 @@ def main(args: Args) -> dict:
                 step, length = step + 1, length + 1
                 if step > idle_steps[phase]:
                     agent.update()
-                    if agent.updates % LOG_EVERY == 2:  # an update of actor too, and not on earlier tasks
+                    if agent.updates % LOG_EVERY == LOGGED:
                         recorder.losses(start + step, agent.losses)
                         recorder.log(start + step, metrics.grad_norms(actor=agent.actor, critic=agent.critics[0]))
             episode += 1

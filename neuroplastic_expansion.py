@@ -63,6 +63,7 @@ from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from common import cli, metrics
+from common.capture import Captured, CapturedPolicy, keep
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import env_sizes, make_env, seed_of
 from common.recorder import Recorder, evaluate_stored, recorded, restored
@@ -88,6 +89,7 @@ class Args:
     run_dir: str | None = None  # folder of the run; by default a new one under runs/
     device: Device = "auto"  # auto: cuda if there is one
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
+    cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
     compile: bool = False  # torch.compile the losses
     checkpoint_every: NonNegativeInt = 50_000  # environment steps between checkpoints; 0: task borders and signals only
     quiet: bool = False  # print nothing
@@ -416,7 +418,7 @@ class Agent:
         self.actor = Actor(obs_dim, act_dim, args.hidden_dim).to(device)
         self.critic = Critic(obs_dim, act_dim, args.hidden_dim).to(device)
         self.target_actor, self.target_critic = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
-        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
         self.optimizers = {"actor": adam(self.actor.parameters()), "critic": adam(self.critic.parameters())}
         self.replay = ReplayBuffer(min(args.buffer_size, args.steps_per_task), obs_dim, act_dim, device)
 
@@ -436,6 +438,8 @@ class Agent:
 
         self.updates = 0
         self.losses: dict[str, Tensor] = {}
+        self.captured = Captured(self.learn, device, args.cuda_graph, self.topologies_of)
+        self.policy = CapturedPolicy(lambda obs: self.actor(obs[None])[0], device, args.cuda_graph)
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
             self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
@@ -458,34 +462,39 @@ class Agent:
             generator=self.generator,
         )
 
+    def topologies_of(self, trains_actor: bool) -> list[Topology]:
+        """Those that take part in an update."""
+        return self.topologies.get("critic", []) + (self.topologies.get("actor", []) if trains_actor else [])
+
     # -------------------------------------------------------------------------------------------------- training
 
-    def update(self) -> dict[str, Tensor]:
-        """One update of the critics and, every `policy_delay`-th time, of actor and targets. Returns the latest losses.
+    def update(self, logged: bool = False) -> None:
+        """One update of the critics and, every `policy_delay`-th time, of actor and targets; `losses` has the latest.
 
-        Nothing waits for the device but topology updates and measurements of the dormant ratio, which are rare.
+        logged: its gradients are asked for. Nothing waits for the device but topology updates and measurements of the
+        dormant ratio, which are rare.
         """
-        args = self.args
         self.updates += 1
         self.replay.draw_from(self.review.oldest() if self.review else 1.0)
-        batch = self.replay.sample(args.batch_size)
+        self.captured(self.updates % self.args.policy_delay == 0, eager=logged)
+        if self.review and self.updates % self.args.review_every == 0:
+            self.review.measure(self.dormant_of_critics())
 
+    def learn(self, trains_actor: bool) -> None:
+        """The work of an update, as common/capture.py asks."""
+        args, batch = self.args, self.replay.sample(self.args.batch_size)
         loss, q_mean = self.critic_loss(self.critic, self.target_actor, self.target_critic, batch, args)
-        self.losses |= {"critic": loss.detach(), "q": q_mean}
+        keep(self.losses, {"critic": loss, "q": q_mean})
         self.step("critic", loss, lambda: self.critic(batch["obs"], batch["action"]))
 
-        if self.updates % args.policy_delay == 0:
+        if trains_actor:
             loss = self.actor_loss(self.actor, self.critic, batch["obs"])
-            self.losses |= {"actor": loss.detach()}
+            keep(self.losses, {"actor": loss})
             self.step("actor", loss, lambda: self.actor(batch["obs"]))
             with torch.no_grad():
                 for target, network in ((self.target_actor, self.actor), (self.target_critic, self.critic)):
                     for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
                         slow.lerp_(fast, args.tau)
-
-        if self.review and self.updates % args.review_every == 0:
-            self.review.measure(self.dormant_of_critics())
-        return self.losses
 
     def step(self, net: str, loss: Tensor, forward: Callable) -> None:
         """Gradients, masked; the optimizer's step; then, when due, prune and grow (`Topology`, above)."""
@@ -510,7 +519,7 @@ class Agent:
     def explore(self, obs: np.ndarray) -> np.ndarray:
         """The policy's action for one observation (obs_dim,), with exploration noise -> (act_dim,) in [-1, 1]."""
         noise = self.args.exploration_noise * torch.randn(self.act_dim).numpy()
-        return (self.actor.act(obs) + noise).clip(-1, 1)
+        return (self.policy(obs) + noise).clip(-1, 1)
 
     # --------------------------------------------------------------------------------------------------- metrics
 
@@ -684,9 +693,9 @@ def main(args: Args) -> dict:
                 obs, done = next_obs, terminated or truncated
                 step, length, episode_return = step + 1, length + 1, episode_return + reward
                 if step > args.learning_starts:
-                    losses = agent.update()
+                    agent.update(logged=step % LOG_EVERY == 0)
                     if step % LOG_EVERY == 0:
-                        recorder.losses(start + step, losses)
+                        recorder.losses(start + step, agent.losses)
                         recorder.log(start + step, metrics.grad_norms(actor=agent.actor, critic=agent.critic.twins[0]))
                         recorder.log(start + step, agent.method_scalars())
             episode += 1

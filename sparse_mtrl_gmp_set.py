@@ -63,6 +63,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from common import cli, metrics
+from common.capture import Captured, CapturedPolicy, keep
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import TaskEnvs, WorkerEnvs, env_sizes, make_env, seed_of, task_sequence
 from common.recorder import Recorder, evaluate_stored, recorded, restored
@@ -95,6 +96,7 @@ class Args:
     device: Device = "auto"  # auto: cuda if there is one
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     num_workers: NonNegativeInt = 0  # processes that step the environments; 0: this one, in turn. Changes no result
+    cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
     compile: bool = False  # torch.compile the losses
     checkpoint_every: NonNegativeInt = 50_000  # environment steps between checkpoints; 0: start, end and signals only
     quiet: bool = False  # print nothing
@@ -462,12 +464,6 @@ class Actor(MultiTaskNetwork):
         return torch.tanh(u), log_prob.sum(-1)
 
     @torch.no_grad()
-    def explore(self, obs: np.ndarray) -> np.ndarray:
-        """One observation of every task (tasks, obs_dim) -> sampled actions (tasks, act_dim)."""
-        obs = torch.from_numpy(obs).to(self.heads.weight.device)
-        return self.sample(obs[:, None])[0][:, 0].cpu().numpy()
-
-    @torch.no_grad()
     def act(self, obs: np.ndarray, task: int) -> np.ndarray:
         """One observation (obs_dim,) of one task, of any float type -> the mean's action (act_dim,)."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.heads.weight.device)
@@ -558,13 +554,17 @@ class Agent:
         self.critics = nn.ModuleList(Critic(args, *sizes) for _ in range(2)).to(device)
         self.log_alpha = torch.zeros(tasks, device=device, requires_grad=True)
         decay = args.weight_decay if args.intervention == "weight-decay" else 0.0  # AdamW without decay is Adam
-        adam = partial(torch.optim.AdamW, lr=args.learning_rate, eps=1e-5, fused=True)
+        options = {"lr": args.learning_rate, "eps": 1e-5, "fused": True, "capturable": device.type == "cuda"}
+        adam = partial(torch.optim.AdamW, **options)
         self.actor_optimizer = adam(self.actor.parameters(), weight_decay=decay)
         self.q_optimizer = adam(self.critics.parameters(), weight_decay=decay)
         self.alpha_optimizer = adam([self.log_alpha], weight_decay=0.0)
         self.replay = ReplayBuffer(tasks, min(args.buffer_size, args.total_steps) // tasks, obs_dim, act_dim, device)
         self.updates, self.resets, self.recycled = 0, 0, 0
+        self.losses: dict[str, Tensor] = {}  # the latest ones, 0-d
         self.grad_norms: dict[str, Tensor] = {}  # "actor" and "critics" (both), masked, before clipping
+        self.captured = Captured(self.learn, device, args.cuda_graph)
+        self.explore = CapturedPolicy(lambda obs: self.actor.sample(obs[:, None])[0][:, 0], device, args.cuda_graph)
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
             self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
@@ -596,8 +596,13 @@ class Agent:
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def update(self) -> dict[str, Tensor]:
-        """One SAC update on all tasks. Returns the losses as 0-d tensors; nothing here waits for the device."""
+    def update(self) -> None:
+        """One SAC update on all tasks; `losses` has the latest. Nothing here waits for the device."""
+        self.captured()
+        self.updates += 1
+
+    def learn(self) -> None:
+        """The work of an update, as common/capture.py asks."""
         args, batch = self.args, self.replay.sample(self.args.batch_per_task)
         q_losses, q_mean = self.critic_loss(self.actor, self.critics, self.targets, self.log_alpha, batch, args)
         self.step("critics", self.q_optimizer, q_losses.mean())
@@ -612,10 +617,8 @@ class Agent:
         with torch.no_grad():
             for target, value in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
                 target.lerp_(value, args.tau)
-        self.updates += 1
-        losses = {"critic": q_losses.mean(), "actor": actor_losses.mean(), "q": q_mean, "entropy": -log_prob.mean()}
-        losses["alpha"] = self.log_alpha.exp().mean()
-        return {name: value.detach() for name, value in losses.items()}
+        values = {"critic": q_losses.mean(), "actor": actor_losses.mean(), "q": q_mean, "entropy": -log_prob.mean()}
+        keep(self.losses, values | {"alpha": self.log_alpha.exp().mean()})
 
     def step(self, name: str, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         """Gradients of the optimizer's own parameters, masked, then clipped; its step."""
@@ -625,7 +628,7 @@ class Agent:
         for sparse in self.sparse.values():
             if sparse.optimizer is optimizer:
                 sparse.before_step()
-        self.grad_norms[name] = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        keep(self.grad_norms, {name: nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)})
         optimizer.step()
 
     def after_update(self) -> dict[str, float]:
@@ -852,7 +855,7 @@ def main(args: Args) -> dict:
             steps = min(args.episode_steps, (total_steps - step) // len(tasks))
             for _ in range(steps):
                 warm_up = step < warm_up_steps
-                actions = 2 * torch.rand(len(tasks), agent.act_dim).numpy() - 1 if warm_up else agent.actor.explore(obs)
+                actions = 2 * torch.rand(len(tasks), agent.act_dim).numpy() - 1 if warm_up else agent.explore(obs)
                 recorder.require_finite("action", actions, step)
                 next_obs, rewards, successes = envs.step(actions)
                 agent.replay.add(obs=obs, next_obs=next_obs, action=actions, reward=rewards)
@@ -861,10 +864,10 @@ def main(args: Args) -> dict:
                 if warm_up:
                     continue
                 recorder.log(step, agent.before_update())
-                losses = agent.update()
+                agent.update()
                 recorder.log(step, agent.after_update())
                 if agent.updates % LOG_EVERY == 0:
-                    recorder.losses(step, losses)
+                    recorder.losses(step, agent.losses)
                     recorder.log(step, {f"plasticity/{name}/grad_norm": n for name, n in agent.grad_norms.items()})
             whole = steps == args.episode_steps
             recorder.episode(step, f"{len(tasks)} tasks", whole, episode_return, steps, success.mean())

@@ -48,6 +48,7 @@ import tyro
 from torch import Tensor, nn
 
 from common import cli, metrics
+from common.capture import Captured, CapturedPolicy, keep
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.descriptions import encode_tasks, task_sentences
 from common.envs import env_sizes, make_env, seed_of, task_sequence
@@ -78,6 +79,7 @@ class Args:
     run_dir: str | None = None  # folder of the run; by default a new one under runs/
     device: Device = "auto"  # auto: cuda if there is one
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
+    cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
     compile: bool = False  # torch.compile the losses of critics and actor
     checkpoint_every: NonNegativeInt = 50_000  # environment steps between checkpoints; 0: task borders and signals only
     quiet: bool = False  # print nothing
@@ -476,6 +478,7 @@ class Agent:
     def __init__(self, args: Args, embeddings: np.ndarray, obs_dim: int, act_dim: int, device: torch.device):
         self.args, self.embeddings, self.sizes, self.device = args, embeddings, (obs_dim, act_dim), device
         self.task, self.resets = -1, []  # the latest task; for each task the neurons reset so far, by hidden layer
+        self.adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
         self.actor = self.draw_actor()
         self.shared = shared_policy(args, self.actor) if args.method == "ssde" else None
         self.replay = ReplayBuffer(min(args.buffer_size, args.steps_per_task), obs_dim, act_dim, device)
@@ -508,8 +511,8 @@ class Agent:
         self.critic = Critic(sum(self.sizes), args.critic_hidden_dim, args.hidden_layers).to(self.device)
         self.target = copy.deepcopy(self.critic)
         self.log_alpha = torch.zeros((), device=self.device, requires_grad=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.actor_lr, fused=True)
+        self.critic_optimizer = self.adam(self.critic.parameters(), lr=args.critic_lr)
+        self.alpha_optimizer = self.adam([self.log_alpha], lr=args.actor_lr)
         self.start_from_here()
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
@@ -517,22 +520,30 @@ class Agent:
             self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
 
     def start_from_here(self) -> None:
-        """A fresh optimizer for the policy, whose present weights are those that resets go back to."""
-        args = self.args
-        self.actor_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.actor_lr, fused=True)
+        """A fresh optimizer for the policy, whose present weights are those that resets go back to; new CUDA graphs."""
+        args, self.losses = self.args, {}  # the latest ones, 0-d
+        self.actor_optimizer = self.adam(self.policy.parameters(), lr=args.actor_lr)
         threshold = 0.0 if args.dormant_metric == "none" else args.dormant_threshold  # none: scores, no resets
         schedule = (args.reset_every, args.reset_until, threshold, args.dormant_metric)
         layers = [*self.policy.hidden, self.policy.mean]
         self.dormant = DormantResets(layers, self.actor_optimizer, *schedule) if self.shared else None
+        captured = partial(Captured, device=self.device, graphs=args.cuda_graph)
+        self.captured, self.captured_distillation = captured(self.learn), captured(self.learn_to_explore)
+        self.explore = CapturedPolicy(lambda obs: self.policy.sample(obs[None])[0][0], self.device, args.cuda_graph)
 
     def distill(self) -> Tensor:
-        """One step that brings exploration back, on the previous task's observations."""
-        loss = distillation_loss(self.policy, self.replay.sample(self.args.batch_size)["obs"])
-        self.step(self.actor_optimizer, loss)
-        self.distilled += 1
+        """One step that brings exploration back, on the previous task's observations. Returns the loss, 0-d."""
+        self.captured_distillation()
+        self.distilled, loss = self.distilled + 1, self.losses["distillation"]
         if self.distilled == self.args.distill_steps:
             self.end_distillation()
-        return loss.detach()
+        return loss
+
+    def learn_to_explore(self) -> None:
+        """The work of `distill`, as common/capture.py asks."""
+        loss = distillation_loss(self.policy, self.replay.sample(self.args.batch_size)["obs"])
+        self.step(self.actor_optimizer, loss)
+        keep(self.losses, {"distillation": loss})
 
     def end_distillation(self) -> None:
         """The task's training begins, with an empty buffer."""
@@ -556,11 +567,12 @@ class Agent:
         """The policy to evaluate on `task`: its own, or for a baseline and a task not begun yet the latest."""
         return self.shared.cut(task) if self.shared and task < self.task else self.policy
 
-    def exploration_policy(self) -> Actor | None:
+    def exploration_policy(self) -> Callable[[np.ndarray], np.ndarray] | None:
         """Who acts in a warm-up episode: a uniformly drawn earlier task's policy (ClonEx-SAC); None: random actions."""
         if self.task == 0 or self.args.method == "scratch":
             return None
-        return self.policy_of(int(torch.randint(self.task, ()))) if self.shared else self.policy
+        policy = self.policy_of(int(torch.randint(self.task, ()))) if self.shared else self.policy
+        return partial(policy.act, explore=True)
 
     def step(self, optimizer: torch.optim.Adam, loss: Tensor) -> None:
         """Gradients of the optimizer's own parameters, and its step."""
@@ -568,8 +580,12 @@ class Agent:
         loss.backward(inputs=optimizer.param_groups[0]["params"])
         optimizer.step()
 
-    def update(self) -> dict[str, Tensor]:
-        """One SAC update. Returns the losses as 0-d tensors; nothing here waits for the device."""
+    def update(self, logged: bool = False) -> None:
+        """One SAC update; `losses` has the latest. logged: its gradients are asked for."""
+        self.captured(eager=logged)
+
+    def learn(self) -> None:
+        """The work of an update, as common/capture.py asks."""
         args, batch = self.args, self.replay.sample(self.args.batch_size)
         q_loss, q_mean = self.critic_loss(self.policy, self.critic, self.target, self.log_alpha, batch, args.gamma)
         self.step(self.critic_optimizer, q_loss)
@@ -580,8 +596,8 @@ class Agent:
         with torch.no_grad():
             for target, value in zip(self.target.parameters(), self.critic.parameters(), strict=True):
                 target.lerp_(value, args.tau)
-        losses = {"critic": q_loss, "actor": policy_loss, "q": q_mean, "alpha": self.log_alpha.exp()}
-        return {name: value.detach() for name, value in losses.items()} | {"entropy": -log_prob}
+        values = {"critic": q_loss, "actor": policy_loss, "q": q_mean, "alpha": self.log_alpha.exp()}
+        keep(self.losses, values | {"entropy": -log_prob})
 
     def reset_dormant(self) -> dict[str, Tensor | float]:
         """Score the hidden neurons and reset the dormant ones. Returns what to log."""
@@ -725,21 +741,21 @@ def main(args: Args) -> dict:
                 break
 
             obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_GOALS, task, episode))
-            policy = agent.exploration_policy() if step < args.learning_starts else agent.policy
+            explore = agent.exploration_policy() if step < args.learning_starts else agent.explore
             truncated, episode_return, success, episode_start = False, 0.0, 0.0, step
             while not truncated and step < steps:
-                action = 2 * torch.rand(agent.sizes[1]).numpy() - 1 if policy is None else policy.act(obs, explore=True)
+                action = 2 * torch.rand(agent.sizes[1]).numpy() - 1 if explore is None else explore(obs)
                 recorder.require_finite("action", action, start + step)
                 next_obs, reward, _, truncated, info = env.step(action)
                 agent.replay.add(obs=obs, next_obs=next_obs, action=action, reward=reward * reward_scale)
                 obs, episode_return, success = next_obs, episode_return + reward, max(success, info["success"])
                 step += 1
                 if step > args.learning_starts:
-                    losses = agent.update()
+                    agent.update(logged=step % LOG_EVERY == 0)
                     if agent.dormant and agent.dormant.due(step):
                         recorder.log(start + step, agent.reset_dormant())
                     if step % LOG_EVERY == 0:
-                        recorder.losses(start + step, losses)
+                        recorder.losses(start + step, agent.losses)
                         recorder.log(start + step, metrics.grad_norms(actor=agent.policy, critic=agent.critic.twins[0]))
             episode, length = episode + 1, step - episode_start
             recorder.episode(start + step, tasks[task], truncated, episode_return, length, success)

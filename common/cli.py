@@ -41,7 +41,7 @@ Fraction = Annotated[float, Interval(ge=0, le=1)]
 Device = Literal["auto", "cpu", "cuda"]
 # Arguments that do not change what a run computes: free to differ on --resume.
 OUTPUT_ARGS = {"resume", "run_dir", "quiet", "track", "wandb_project", "capture_video", "checkpoint_every"}
-OUTPUT_ARGS |= {"num_workers", "device"}  # where it is computed; a device rounds in its own way
+OUTPUT_ARGS |= {"num_workers", "device", "cuda_graph"}  # where it is computed; a device rounds in its own way
 FLOAT32_MAX = 3.4e38  # what the networks compute with
 EVALUATE_ARGS = ("evaluate", "episodes", "device", "quiet", "capture_video")  # of --evaluate itself
 BOUNDS = {  # bound -> (does the value keep it, how to say it)

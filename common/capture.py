@@ -1,0 +1,100 @@
+"""Updates and policies as CUDA graphs: launched at once, not operator by operator. On a CPU they are what they were.
+
+An update of small networks is hundreds of short operators, and to launch one takes longer than to run it. A graph is
+recorded once, and one launch replays all of it, on the addresses that it was recorded with. So a captured function
+
+* takes plain Python values, of which each combination is a graph of its own, and returns nothing,
+* reads and writes tensors that stay where they are: state is changed in place, results are handed to `keep`,
+* never waits for the device, and has no shape that depends on data.
+
+Its Python does not run in a replay: counters stay outside, or are among the `schedules`.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WARM_UP = 3  # calls before the capture: optimizers make their state, libraries their workspaces, `keep` its tensors
+
+
+class Captured:
+    """A function as CUDA graphs, one for each combination of its arguments. Without `graphs`: the function itself.
+
+    schedules: with the same arguments, what decides which connections exist. Each counts the function's calls in
+    `updates` and is `due` where the next one changes connections. That one runs operator by operator: it may wait for
+    the device and draw on the CPU, and like all else it changes tensors in place.
+    """
+
+    def __init__(self, function: Callable, device: torch.device, graphs: bool, schedules: Callable | None = None):
+        self.function, self.graphs = function, {} if graphs and device.type == "cuda" else None
+        self.schedules, self.calls = schedules or (lambda *arguments: []), Counter()
+
+    def __call__(self, *arguments, eager: bool = False) -> None:
+        """Call it. eager: operator by operator, so that `.grad` holds this call's gradients."""
+        if self.graphs is None or eager or any(schedule.due for schedule in self.schedules(*arguments)):
+            return self.function(*arguments)
+        self.calls[arguments] += 1
+        if self.calls[arguments] <= WARM_UP:
+            return self.warm_up(*arguments)
+        if arguments not in self.graphs:
+            self.graphs[arguments] = self.record(*arguments)
+        self.graphs[arguments].replay()
+        for schedule in self.schedules(*arguments):
+            schedule.updates += 1
+
+    def warm_up(self, *arguments) -> None:
+        """An ordinary call on a stream of its own, as PyTorch asks for before a capture."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.function(*arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def record(self, *arguments) -> torch.cuda.CUDAGraph:
+        """The graph of a call. Nothing runs on the device, and what the call counted is put back."""
+        graph, schedules = torch.cuda.CUDAGraph(), self.schedules(*arguments)
+        counts = [schedule.updates for schedule in schedules]
+        with torch.cuda.graph(graph):
+            self.function(*arguments)
+        for schedule, count in zip(schedules, counts, strict=True):
+            schedule.updates = count
+        return graph
+
+
+class CapturedPolicy:
+    """A policy for numpy arrays: an observation -> its action. With `graphs` one launch copies, computes, copies back.
+
+    policy: the same for tensors on the device, (..., obs_dim) -> (..., act_dim). It may draw random numbers.
+    """
+
+    def __init__(self, policy: Callable[[Tensor], Tensor], device: torch.device, graphs: bool):
+        self.policy, self.device, self.launch = policy, device, Captured(self.play, device, graphs)
+        self.obs = self.action = None  # with graphs: in pinned memory, which the device reads and writes by itself
+
+    @torch.no_grad()
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        if self.obs is None:
+            action = self.policy(torch.from_numpy(obs).to(self.device)).cpu()
+            if self.launch.graphs is not None:
+                self.obs, self.action = torch.from_numpy(obs).pin_memory(), action.pin_memory()
+            return action.numpy()
+        self.obs.copy_(torch.from_numpy(obs))
+        self.launch()
+        torch.cuda.current_stream().synchronize()
+        return self.action.numpy().copy()
+
+    def play(self) -> None:
+        action = self.policy(self.obs.to(self.device, non_blocking=True))
+        self.action.copy_(action, non_blocking=True)
+
+
+def keep(store: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Write `values` over those of the same names in `store`. A graph's own tensors last until its next replay only."""
+    for name, value in values.items():
+        if name in store:
+            store[name].copy_(value.detach())
+        else:
+            store[name] = value.detach().clone()
