@@ -578,8 +578,8 @@ def finished_run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("ne") / "run"
     true_update, watched = Agent.update, {"densities": [], "reviews": []}
 
-    def update(agent):
-        losses = true_update(agent)
+    def update(agent, **options):
+        true_update(agent, **options)
         row = []
         for net, group in agent.topologies.items():
             own = agent.updates if net == "critic" else agent.updates // 2
@@ -595,7 +595,6 @@ def finished_run(tmp_path_factory):
                 row.append(density(topology))
         watched["densities"].append(row)
         watched["reviews"].append(agent.review.change < agent.review.threshold)
-        return losses
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Agent, "update", update)
@@ -863,11 +862,11 @@ def interrupt_at(monkeypatch, update: int, signum: int = signal.SIGTERM) -> None
     """A signal arrives during this update."""
     true_update, calls = Agent.update, []
 
-    def interrupted(agent):
+    def interrupted(agent, **options):
         calls.append(None)
         if len(calls) == update:
             os.kill(os.getpid(), signum)
-        return true_update(agent)
+        true_update(agent, **options)
 
     monkeypatch.setattr(Agent, "update", interrupted)
 
@@ -894,10 +893,10 @@ KILLED = """
 import os, signal, sys
 import neuroplastic_expansion as ne
 true_update, last = ne.Agent.update, int(sys.argv.pop())
-def update(agent):
+def update(agent, **options):
     if agent.updates == last:
         os.kill(os.getpid(), signal.SIGKILL)
-    return true_update(agent)
+    true_update(agent, **options)
 ne.Agent.update = update
 ne.cli.run(ne.main, ne.Args)
 """
@@ -1048,16 +1047,15 @@ def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(
 ):
     true_update, calls = Agent.update, []
 
-    def update(agent):
+    def update(agent, **options):
         calls.append(None)
         if what == "action" and len(calls) == 150:
             agent.actor[0].bias.data.fill_(math.nan)
-        losses = true_update(agent)
+        true_update(agent, **options)
         if what == "loss" and len(calls) == 200:  # at step 400
-            losses["q"] = torch.tensor(math.nan)
+            agent.losses["q"] = torch.tensor(math.nan)
         elif what == "weight" and len(calls) == 400:  # the last one
             next(agent.target_critic.parameters()).data.fill_(math.nan)
-        return losses
 
     monkeypatch.setattr(Agent, "update", update)
     monkeypatch.setattr(ne, "LOG_EVERY", 100)

@@ -675,7 +675,9 @@ def test_earlier_policies_explore_in_the_warm_up():
     for _ in (1, 2):
         agent.end_task()
         begin(agent)
-    sizes = {tuple(len(layer.weight) for layer in agent.exploration_policy().hidden) for _ in range(30)}
+    policies = [agent.exploration_policy() for _ in range(30)]
+    assert all(act.func.__name__ == "act" and act.keywords == {"explore": True} for act in policies)
+    sizes = {tuple(len(layer.weight) for layer in act.func.__self__.hidden) for act in policies}
     cut = {tuple(len(layer.weight) for layer in agent.shared.cut(task).hidden) for task in (0, 1)}
     assert sizes == cut
 
@@ -693,7 +695,8 @@ def test_dense_baselines():
             assert torch.equal(parameter, trained[name]) == (same or ("bias" in name and not trained[name].any())), name
         assert agent.distilled == agent.args.distill_steps and not agent.actor_optimizer.state
         assert agent.policy is agent.actor and agent.dormant is None
-        assert (agent.exploration_policy() is agent.policy) == same
+        act = agent.exploration_policy()
+        assert act.func.__self__ is agent.policy if same else act is None
 
 
 def test_continual_metrics_by_hand():
@@ -769,7 +772,8 @@ def test_compile_wraps_both_losses(monkeypatch):
     monkeypatch.setattr(torch, "compile", compiled)
     agent = trained_agent(compile=True)
     called.clear()
-    assert agent.update()["critic"].isfinite() and called == [ssde.critic_loss, ssde.actor_loss]
+    agent.update()
+    assert agent.losses["critic"].isfinite() and called == [ssde.critic_loss, ssde.actor_loss]
 
 
 def test_critic_has_normalisation_on_every_hidden_layer_and_two_twins():
@@ -821,11 +825,11 @@ def test_a_stored_policy_of_a_task_in_training_is_the_latest(toy, tmp_path, monk
     for method in ("ssde", "scratch"):
         run_dir, calls, true_update = tmp_path / method, [], Agent.update
 
-        def update(agent, calls=calls, true_update=true_update):
+        def update(agent, calls=calls, true_update=true_update, **options):
             calls.append(agent)
             if len(calls) == 80:  # in the second task
                 os.kill(os.getpid(), signal.SIGTERM)
-            return true_update(agent)
+            true_update(agent, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(Agent, "update", update)
@@ -853,7 +857,7 @@ def test_resets_follow_their_schedule_and_updates_start_after_the_warm_up(toy, t
     steps, updates, rewards = [], [], []
     true_reset, true_update, true_add = Agent.reset_dormant, Agent.update, ReplayBuffer.add
     monkeypatch.setattr(Agent, "reset_dormant", lambda agent: (steps.append(agent.replay.added), true_reset(agent))[1])
-    monkeypatch.setattr(Agent, "update", lambda agent: (updates.append(agent.replay.added), true_update(agent))[1])
+    monkeypatch.setattr(Agent, "update", lambda a, **how: (updates.append(a.replay.added), true_update(a, **how))[1])
     monkeypatch.setattr(ReplayBuffer, "add", lambda replay, **t: (rewards.append(t["reward"]), true_add(replay, **t)))
     # 90 is no multiple of an episode: the last one is cut short
     changes = {"task_seq": "reach,reach", "learning_starts": 27, "reset_every": 20, "reset_until": 80}
@@ -1066,11 +1070,11 @@ def test_the_baselines_resume(toy, tmp_path, monkeypatch, method):
     ssde.main(Args(**options, run_dir=str(whole)))
     true_update, calls = Agent.update, []
 
-    def update(agent):
+    def update(agent, **options):
         calls.append(None)
         if len(calls) == 70:  # in the second task
             os.kill(os.getpid(), signal.SIGINT)
-        return true_update(agent)
+        true_update(agent, **options)
 
     monkeypatch.setattr(Agent, "update", update)
     with pytest.raises(Interrupted):
@@ -1169,18 +1173,17 @@ def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(
 ):
     true_update, calls = Agent.update, []
 
-    def update(agent):
+    def update(agent, **options):
         calls.append(None)
         if len(calls) == {"action": 31, "score": 35}.get(what):
             agent.log_alpha.data.fill_(math.nan)
-        losses = true_update(agent)
+        true_update(agent, **options)
         if what == "loss":
-            losses["q"] = torch.tensor(math.nan)
+            agent.losses["q"] = torch.tensor(math.nan)
         elif what == "weight" and len(calls) == 39:  # in a weight that is not the task's
             unused = agent.shared.owner["hidden.0"].clone().fill_(1)
             unused[agent.shared.parts(0, "hidden.0")["weight"][1]] = 0
             agent.actor.hidden[0].weight.data[unused == 1] = math.nan
-        return losses
 
     monkeypatch.setattr(Agent, "update", update)
     monkeypatch.setattr(ssde, "LOG_EVERY", 60)
