@@ -53,7 +53,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from common import cli, metrics
-from common.capture import Captured, CapturedPolicy, keep
+from common.capture import Captured, CapturedPolicy, keep, with_gradients
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import env_sizes, make_env, seed_of
 from common.recorder import Recorder, evaluate_stored, recorded, restored
@@ -98,7 +98,7 @@ class Args:
     device: Device = "auto"  # auto: cuda if there is one
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
-    compile: bool = False  # torch.compile the losses and the critics' targets
+    compile: bool = False  # torch.compile losses with their gradients, and the critics' targets: minutes at the start
     bf16: bool = False  # products of the updates in bfloat16 (autocast); not bit-comparable with float32
     checkpoint_every: NonNegativeInt = 50_000  # agent steps between checkpoints; 0: start, end and signals only
     quiet: bool = False  # print nothing
@@ -588,10 +588,10 @@ class Agent:
         self.scales = [torch.ones((), device=device), torch.zeros((), device=device)]  # mean |r| now, of the targets
         self.losses: dict[str, Tensor] = {}
         self.grad_norms: dict[str, Tensor] = {}  # of each module, masked and not yet clipped
-        functions = (encoder_loss, critic_loss, actor_loss, td_target)
-        compiled = map(torch.compile, functions) if args.compile else functions
-        self.encoder_loss, self.critic_loss, self.actor_loss, self.td_target = compiled
-
+        functions = {"encoder": encoder_loss, "critic": critic_loss, "actor": actor_loss}
+        functions = {name: self.autocast()(loss) for name, loss in functions.items()}  # the gradients are not in it
+        self.loss_of = {n: with_gradients(loss, self.optimizers[n], args.compile) for n, loss in functions.items()}
+        self.td_target = torch.compile(td_target) if args.compile else td_target
         captured, topologies = partial(Captured, device=device, graphs=args.cuda_graph), self.topologies
         self.train_encoder = captured(self.update_encoder, schedules=lambda _: [topologies["encoder"]])
         both = [topologies["critic"], topologies["actor"]]
@@ -621,12 +621,14 @@ class Agent:
         scale.copy_(self.replay.reward_scale())
 
     def update_encoder(self, terminates: bool) -> None:
-        """One step of the encoder, as common/capture.py asks. terminates: whether any step ever terminated."""
+        """One step of the encoder, as common/capture.py asks. terminates: whether any step ever terminated.
+
+        The loss leaves its gradients in `.grad`, see `with_gradients`.
+        """
         batch = self.replay.sub_trajectories(self.replay.sample_rows(self.args.batch_size))
-        with self.autocast():
-            loss, *parts = self.encoder_loss(self.networks["encoder"], self.targets["encoder"], batch, terminates)
-        self.step("encoder", loss)
-        keep(self.losses, dict(zip(("encoder", "dynamics", "reward", "done"), (loss, *parts), strict=True)))
+        losses = self.loss_of["encoder"](self.networks["encoder"], self.targets["encoder"], batch, terminates)
+        self.step("encoder")
+        keep(self.losses, dict(zip(("encoder", "dynamics", "reward", "done"), losses, strict=True)))
 
     def update_critic_and_actor(self) -> None:
         """One step of the critics, then one of the actor, and new priorities. As common/capture.py asks."""
@@ -637,27 +639,23 @@ class Agent:
             target = self.td_target(self.targets, batch, args.gamma, args.target_noise, args.noise_clip, self.scales)
             zs = encoder.zs(batch["obs"])
             zsa = encoder.zsa(zs, batch["action"])
-        with self.autocast():
-            loss, q_mean, td_error = self.critic_loss(critic, zsa, target)
-        self.step("critic", loss, args.max_grad_norm)
+        loss, q_mean, td_error = self.loss_of["critic"](critic, zsa, target)
+        self.step("critic", args.max_grad_norm)
         self.replay.update_priority(rows, td_error.clamp_min(MIN_PRIORITY).pow(PRIORITY_EXPONENT))
-        with self.autocast():
-            policy_loss = self.actor_loss(actor, encoder, critic, zs)
-        self.step("actor", policy_loss)
+        policy_loss = self.loss_of["actor"](actor, encoder, critic, zs)
+        self.step("actor")
         keep(self.losses, {"critic": loss, "q": q_mean, "actor": policy_loss})
 
-    def step(self, name: str, loss: Tensor, max_grad_norm: float = math.inf) -> None:
-        """Gradients of one module only, then its topology, then the norm's clip, then AdamW."""
+    def step(self, name: str, max_grad_norm: float = math.inf) -> None:
+        """With the gradients of one module: its topology, then the norm's clip, then AdamW."""
         optimizer = self.optimizers[name]
         parameters = optimizer.param_groups[0]["params"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=parameters)
         self.topologies[name].before_step()
         keep(self.grad_norms, {name: nn.utils.clip_grad_norm_(parameters, max_grad_norm)})
         optimizer.step()
 
     def autocast(self) -> torch.autocast:
-        """--bf16: matrix products in bfloat16."""
+        """--bf16: matrix products in bfloat16, of a block of code or of a function that it decorates."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     # ----------------------------------------------------------------------------------------------------- metrics

@@ -52,7 +52,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from common import cli, metrics
-from common.capture import Captured, CapturedPolicy, keep
+from common.capture import Captured, CapturedPolicy, keep, with_gradients
 from common.cli import Device, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import env_sizes, make_env, seed_of, task_sequence
 from common.recorder import Recorder, evaluate_stored, recorded, restored
@@ -84,7 +84,7 @@ class Args:
     device: Device = "auto"  # auto: cuda if there is one
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
-    compile: bool = False  # torch.compile the losses
+    compile: bool = False  # torch.compile losses with their gradients: minutes at the start
     checkpoint_every: NonNegativeInt = 50_000  # environment steps between checkpoints; 0: task borders and signals only
     quiet: bool = False  # print nothing
     track: bool = False  # mirror TensorBoard to Weights & Biases
@@ -255,12 +255,13 @@ def goal_proximity(rollout: dict[str, Tensor], gpm: str) -> tuple[Tensor, str]:
 
 
 class ReplayBuffer:
-    """Ring of transitions in preallocated tensors. Meta-World never terminates, so there is no terminal flag."""
+    """Ring of transitions in a preallocated table. Meta-World never terminates, so there is no terminal flag."""
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        sizes = {"obs": (obs_dim,), "next_obs": (obs_dim,), "action": (act_dim,), "reward": ()}
-        # on a CPU, pages of zeros take no memory before they are written
-        self.data = {name: torch.zeros(capacity, *size, device=device) for name, size in sizes.items()}
+        self.shapes = {"obs": (obs_dim,), "next_obs": (obs_dim,), "action": (act_dim,), "reward": ()}
+        # a row is a transition: one copy to the device. On a CPU, zeros take no memory before they are written
+        self.table = torch.zeros(capacity, sum(map(math.prod, self.shapes.values())), device=device)
+        self.data = self.columns(self.table)  # views
         self.capacity, self.added = capacity, 0
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # filled rows, where `sample` reads them
 
@@ -272,21 +273,27 @@ class ReplayBuffer:
         self.added = added
         self.size.fill_(len(self))
 
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows of the table, (n, width), taken apart: obs (n, obs_dim), reward (n,), and so on."""
+        parts = zip(self.shapes.items(), rows.split([*map(math.prod, self.shapes.values())], 1), strict=True)
+        return {name: part if shape else part[:, 0] for (name, shape), part in parts}
+
     def add(self, **transition: np.ndarray | float) -> None:
         """Append one transition, over the oldest one when full."""
-        for name, value in transition.items():
-            self.data[name][self.added % self.capacity] = torch.as_tensor(value)
+        values = [np.atleast_1d(transition[name]) for name in self.shapes]
+        row = np.concatenate(values, dtype=np.float32, casting="same_kind")
+        self.table[self.added % self.capacity] = torch.from_numpy(row)
         self.set_added(self.added + 1)
 
     def sample(self, batch_size: int) -> dict[str, Tensor]:
         """Uniform draws with replacement. The bound is a tensor, so that one CUDA graph can draw while it changes."""
         rows = torch.randint(2**62, (batch_size,), device=self.size.device) % self.size
-        return {name: column[rows] for name, column in self.data.items()}
+        return self.columns(self.table[rows])
 
     def recent(self, count: int) -> dict[str, Tensor]:
         """The last `count` transitions, or all there are."""
         rows = torch.arange(self.added - min(count, len(self)), self.added) % self.capacity
-        return {name: column[rows] for name, column in self.data.items()}
+        return self.columns(self.table[rows])
 
     def state_dict(self) -> dict:
         """The filled rows. A slice would save its whole storage: cloned, unless it is all."""
@@ -313,18 +320,14 @@ class PreviousTasks(ReplayBuffer):
 
     def add_task(self, task: int, replay: ReplayBuffer) -> None:
         """Keep a uniform draw from the buffer of `task` in place of its older one; shrink the others to their share."""
-        parts, start = {}, 0
-        for owner, count in self.counts.items():
-            parts[owner] = {name: column[start : start + count] for name, column in self.data.items()}
-            start += count
-        parts[task] = {name: column[: len(replay)] for name, column in replay.data.items()}
+        parts = dict(zip(self.counts, self.table[: self.added].split([*self.counts.values()]), strict=True))
+        parts[task] = replay.table[: len(replay)]
         for owner, part in sorted(parts.items()):
-            rows = torch.randperm(len(part["reward"]))[: self.capacity // len(parts)]
-            parts[owner] = {name: column[rows.to(column.device)] for name, column in part.items()}  # copies
-        self.counts = {owner: len(part["reward"]) for owner, part in sorted(parts.items())}
+            rows = torch.randperm(len(part))[: self.capacity // len(parts)]
+            parts[owner] = part[rows.to(part.device)]  # a copy
+        self.counts = {owner: len(part) for owner, part in sorted(parts.items())}
         self.set_added(sum(self.counts.values()))
-        for name, column in self.data.items():
-            column[: self.added] = torch.cat([parts[owner][name] for owner in self.counts])
+        self.table[: self.added] = torch.cat([parts[owner] for owner in self.counts])
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"counts": self.counts}
@@ -433,8 +436,8 @@ class Agent:
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
         self.critic_optimizer = adam(self.critics.parameters(), lr=args.critic_lr)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.critic_lr)
-        compiled = torch.compile if args.compile else lambda loss: loss
-        self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
+        self.critic_loss = with_gradients(critic_loss, self.critic_optimizer, args.compile)
+        self.actor_loss = with_gradients(actor_loss, self.actor_optimizer, args.compile)
         self.replay = ReplayBuffer(min(args.buffer_size, args.steps_per_task), obs_dim, act_dim, device)
         self.previous = PreviousTasks(args.previous_buffer_size, obs_dim, act_dim, device)
         numbers = (args.skill_proportion, args.mask_factor, args.mask_target, args.mask_neurons)
@@ -451,10 +454,8 @@ class Agent:
         self.captured = Captured(self.learn, device, args.cuda_graph)
         self.explore = CapturedPolicy(lambda obs: self.actor.sample(obs[None])[0][0], device, args.cuda_graph)
 
-    def step(self, optimizer: torch.optim.Adam, loss: Tensor, masks: Sequence[SkillMasks] = ()) -> None:
-        """Gradients of the optimizer's own parameters, and its step, masked."""
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=optimizer.param_groups[0]["params"])
+    def step(self, optimizer: torch.optim.Adam, masks: Sequence[SkillMasks]) -> None:
+        """The optimizer's step, masked."""
         for mask in masks:
             mask.before_step()
         optimizer.step()
@@ -469,19 +470,24 @@ class Agent:
         self.captured(replays, self.updates % ACTOR_EVERY == 0, eager=logged)
 
     def learn(self, replays: bool, trains_actor: bool) -> None:
-        """The work of an update, on a batch of earlier tasks or of the present one. As common/capture.py asks."""
+        """The work of an update, on a batch of earlier tasks or of the present one. As common/capture.py asks.
+
+        The losses leave their gradients in `.grad`, see `with_gradients`.
+        """
         args, group = self.args, "previous/" if replays else ""
         batch = (self.previous if replays else self.replay).sample(args.batch_size)
 
         q_loss, q_mean = self.critic_loss(self.actor, self.critics, self.targets, self.log_alpha, batch, args.gamma)
-        self.step(self.critic_optimizer, q_loss, self.critic_masks)
+        self.step(self.critic_optimizer, self.critic_masks)
         keep(self.losses, {f"{group}critic": q_loss, f"{group}q": q_mean})
 
         for _ in range(ACTOR_EVERY if trains_actor else 0):  # two steps: one for the update without
             policy_loss, log_prob = self.actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])
-            self.step(self.actor_optimizer, policy_loss, self.actor_masks)
+            self.step(self.actor_optimizer, self.actor_masks)
             alpha_loss = -self.log_alpha.exp() * (log_prob - self.act_dim)  # target entropy -|A|
-            self.step(self.alpha_optimizer, alpha_loss)
+            self.alpha_optimizer.zero_grad()
+            alpha_loss.backward()
+            self.alpha_optimizer.step()
             values = {f"{group}actor": policy_loss, f"{group}entropy": -log_prob, "alpha": self.log_alpha.exp()}
             keep(self.losses, values)
 

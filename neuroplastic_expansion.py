@@ -63,7 +63,7 @@ from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from common import cli, metrics
-from common.capture import Captured, CapturedPolicy, keep
+from common.capture import Captured, CapturedPolicy, keep, with_gradients
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import env_sizes, make_env, seed_of
 from common.recorder import Recorder, evaluate_stored, recorded, restored
@@ -90,7 +90,7 @@ class Args:
     device: Device = "auto"  # auto: cuda if there is one
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
-    compile: bool = False  # torch.compile the losses
+    compile: bool = False  # torch.compile losses with their gradients: minutes at the start
     checkpoint_every: NonNegativeInt = 50_000  # environment steps between checkpoints; 0: task borders and signals only
     quiet: bool = False  # print nothing
     track: bool = False  # mirror TensorBoard to Weights & Biases
@@ -340,12 +340,13 @@ def linear_layers(network: nn.Module) -> list[nn.Linear]:
 
 
 class ReplayBuffer:
-    """Ring of transitions in preallocated tensors."""
+    """Ring of transitions in a preallocated table."""
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        sizes = {"obs": (obs_dim,), "next_obs": (obs_dim,), "action": (act_dim,), "reward": (), "terminated": ()}
-        # on a CPU, pages of zeros take no memory before they are written
-        self.data = {name: torch.zeros(capacity, *size, device=device) for name, size in sizes.items()}
+        self.shapes = {"obs": (obs_dim,), "next_obs": (obs_dim,), "action": (act_dim,), "reward": (), "terminated": ()}
+        # a row is a transition: one copy to the device. On a CPU, zeros take no memory before they are written
+        self.table = torch.zeros(capacity, sum(map(math.prod, self.shapes.values())), device=device)
+        self.data = self.columns(self.table)  # views
         self.capacity, self.added = capacity, 0
         # where batches are drawn: tensors, as a CUDA graph of the update could not see a Python number change
         self.bound, self.oldest_row = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
@@ -353,10 +354,16 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return min(self.added, self.capacity)
 
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows of the table, (n, width), taken apart: obs (n, obs_dim), reward (n,), and so on."""
+        parts = zip(self.shapes.items(), rows.split([*map(math.prod, self.shapes.values())], 1), strict=True)
+        return {name: part if shape else part[:, 0] for (name, shape), part in parts}
+
     def add(self, **transition: np.ndarray | float) -> None:
         """Append one transition, over the oldest one when full."""
-        for name, value in transition.items():
-            self.data[name][self.added % self.capacity] = torch.as_tensor(value)
+        values = [np.atleast_1d(transition[name]) for name in self.shapes]
+        row = np.concatenate(values, dtype=np.float32, casting="same_kind")
+        self.table[self.added % self.capacity] = torch.from_numpy(row)
         self.added += 1
 
     def draw_from(self, oldest: float) -> None:
@@ -368,12 +375,12 @@ class ReplayBuffer:
         """Uniform draws with replacement from where `draw_from` said. The bias of the remainder is below 1e-12."""
         ages = torch.randint(2**62, (batch_size,), device=self.bound.device) % self.bound
         rows = (ages + self.oldest_row) % self.capacity
-        return {name: column[rows] for name, column in self.data.items()}
+        return self.columns(self.table[rows])
 
     def recent(self, count: int) -> dict[str, Tensor]:
         """The last `count` transitions, or all there are."""
         rows = torch.arange(self.added - min(count, len(self)), self.added) % self.capacity
-        return {name: column[rows] for name, column in self.data.items()}
+        return self.columns(self.table[rows])
 
     def state_dict(self) -> dict:
         size = len(self)  # a slice would save its whole storage: clone what is filled, unless it is all
@@ -440,9 +447,8 @@ class Agent:
         self.losses: dict[str, Tensor] = {}
         self.captured = Captured(self.learn, device, args.cuda_graph, self.topologies_of)
         self.policy = CapturedPolicy(lambda obs: self.actor(obs[None])[0], device, args.cuda_graph)
-        self.critic_loss, self.actor_loss = critic_loss, actor_loss
-        if args.compile:
-            self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
+        self.critic_loss = with_gradients(critic_loss, self.optimizers["critic"], args.compile)
+        self.actor_loss = with_gradients(actor_loss, self.optimizers["actor"], args.compile)
 
     def topology(self, net: str, network: nn.Module, target: nn.Module, until: int, delay: int = 1) -> Topology:
         """How the actor or one critic grows. It counts its own updates, of which there is one in `delay` updates."""
@@ -481,29 +487,27 @@ class Agent:
             self.review.measure(self.dormant_of_critics())
 
     def learn(self, trains_actor: bool) -> None:
-        """The work of an update, as common/capture.py asks."""
+        """The work of an update, as common/capture.py asks. The losses leave their gradients in `.grad`."""
         args, batch = self.args, self.replay.sample(self.args.batch_size)
         loss, q_mean = self.critic_loss(self.critic, self.target_actor, self.target_critic, batch, args)
         keep(self.losses, {"critic": loss, "q": q_mean})
-        self.step("critic", loss, lambda: self.critic(batch["obs"], batch["action"]))
+        self.step("critic", lambda: self.critic(batch["obs"], batch["action"]))
 
         if trains_actor:
             loss = self.actor_loss(self.actor, self.critic, batch["obs"])
             keep(self.losses, {"actor": loss})
-            self.step("actor", loss, lambda: self.actor(batch["obs"]))
+            self.step("actor", lambda: self.actor(batch["obs"]))
             with torch.no_grad():
                 for target, network in ((self.target_actor, self.actor), (self.target_critic, self.critic)):
                     for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
                         slow.lerp_(fast, args.tau)
 
-    def step(self, net: str, loss: Tensor, forward: Callable) -> None:
-        """Gradients, masked; the optimizer's step; then, when due, prune and grow (`Topology`, above)."""
-        optimizer, topologies = self.optimizers[net], self.topologies.get(net, [])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=optimizer.param_groups[0]["params"])  # the actor's loss leaves the critics' alone
+    def step(self, net: str, forward: Callable) -> None:
+        """The optimizer's step, its gradients masked; then, when due, prune and grow (`Topology`, above)."""
+        topologies = self.topologies.get(net, [])
         for topology in topologies:
             topology.before_step()
-        optimizer.step()
+        self.optimizers[net].step()
         for topology in topologies:
             topology.after_step(forward)
 

@@ -63,7 +63,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from common import cli, metrics
-from common.capture import Captured, CapturedPolicy, keep
+from common.capture import Captured, CapturedPolicy, keep, with_gradients
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.envs import TaskEnvs, WorkerEnvs, env_sizes, make_env, seed_of, task_sequence
 from common.recorder import Recorder, evaluate_stored, recorded, restored
@@ -97,7 +97,7 @@ class Args:
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     num_workers: NonNegativeInt = 0  # processes that step the environments; 0: this one, in turn. Changes no result
     cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
-    compile: bool = False  # torch.compile the losses
+    compile: bool = False  # torch.compile losses with their gradients: minutes at the start
     checkpoint_every: NonNegativeInt = 50_000  # environment steps between checkpoints; 0: start, end and signals only
     quiet: bool = False  # print nothing
     track: bool = False  # mirror TensorBoard to Weights & Biases
@@ -565,9 +565,8 @@ class Agent:
         self.grad_norms: dict[str, Tensor] = {}  # "actor" and "critics" (both), masked, before clipping
         self.captured = Captured(self.learn, device, args.cuda_graph)
         self.explore = CapturedPolicy(lambda obs: self.actor.sample(obs[:, None])[0][:, 0], device, args.cuda_graph)
-        self.critic_loss, self.actor_loss = critic_loss, actor_loss
-        if args.compile:
-            self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
+        self.critic_loss = with_gradients(critic_loss, self.q_optimizer, args.compile)
+        self.actor_loss = with_gradients(actor_loss, self.actor_optimizer, args.compile)
         self.sparse: dict[str, GMP | SET] = {}  # what decides which weights exist, by network
         for name, network, optimizer in self.networks():
             if args.method != "dense" and (args.sparsify_actor if name == "actor" else args.sparsify_critic):
@@ -602,12 +601,12 @@ class Agent:
         self.updates += 1
 
     def learn(self) -> None:
-        """The work of an update, as common/capture.py asks."""
+        """The work of an update, as common/capture.py asks. The losses' means leave their gradients in `.grad`."""
         args, batch = self.args, self.replay.sample(self.args.batch_per_task)
         q_losses, q_mean = self.critic_loss(self.actor, self.critics, self.targets, self.log_alpha, batch, args)
-        self.step("critics", self.q_optimizer, q_losses.mean())
+        self.step("critics", self.q_optimizer)
         actor_losses, log_prob = self.actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])
-        self.step("actor", self.actor_optimizer, actor_losses.mean())
+        self.step("actor", self.actor_optimizer)
 
         # target entropy -|A|; the loss is linear in log alpha
         alpha_loss = -(self.log_alpha * (log_prob - self.act_dim)).mean()
@@ -620,11 +619,9 @@ class Agent:
         values = {"critic": q_losses.mean(), "actor": actor_losses.mean(), "q": q_mean, "entropy": -log_prob.mean()}
         keep(self.losses, values | {"alpha": self.log_alpha.exp().mean()})
 
-    def step(self, name: str, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        """Gradients of the optimizer's own parameters, masked, then clipped; its step."""
+    def step(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """The gradients, masked, then clipped; the optimizer's step."""
         parameters = optimizer.param_groups[0]["params"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=parameters)
         for sparse in self.sparse.values():
             if sparse.optimizer is optimizer:
                 sparse.before_step()

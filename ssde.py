@@ -48,7 +48,7 @@ import tyro
 from torch import Tensor, nn
 
 from common import cli, metrics
-from common.capture import Captured, CapturedPolicy, keep
+from common.capture import Captured, CapturedPolicy, keep, with_gradients
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
 from common.descriptions import encode_tasks, task_sentences
 from common.envs import env_sizes, make_env, seed_of, task_sequence
@@ -80,7 +80,7 @@ class Args:
     device: Device = "auto"  # auto: cuda if there is one
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
-    compile: bool = False  # torch.compile the losses of critics and actor
+    compile: bool = False  # torch.compile losses with their gradients: minutes at the start of every task
     checkpoint_every: NonNegativeInt = 50_000  # environment steps between checkpoints; 0: task borders and signals only
     quiet: bool = False  # print nothing
     track: bool = False  # mirror TensorBoard to Weights & Biases
@@ -382,12 +382,13 @@ class Critic(nn.Module):
 
 
 class ReplayBuffer:
-    """Ring of transitions in preallocated tensors. Meta-World never terminates, so there is no terminal flag."""
+    """Ring of transitions in a preallocated table. Meta-World never terminates, so there is no terminal flag."""
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        sizes = {"obs": (obs_dim,), "next_obs": (obs_dim,), "action": (act_dim,), "reward": ()}
-        # on a CPU, pages of zeros take no memory before they are written
-        self.data = {name: torch.zeros(capacity, *size, device=device) for name, size in sizes.items()}
+        self.shapes = {"obs": (obs_dim,), "next_obs": (obs_dim,), "action": (act_dim,), "reward": ()}
+        # a row is a transition: one copy to the device. On a CPU, zeros take no memory before they are written
+        self.table = torch.zeros(capacity, sum(map(math.prod, self.shapes.values())), device=device)
+        self.data = self.columns(self.table)  # views
         self.capacity, self.added = capacity, 0
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # filled rows, where `sample` reads them
 
@@ -399,21 +400,27 @@ class ReplayBuffer:
         self.added = added
         self.size.fill_(len(self))
 
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows of the table, (n, width), taken apart: obs (n, obs_dim), reward (n,), and so on."""
+        parts = zip(self.shapes.items(), rows.split([*map(math.prod, self.shapes.values())], 1), strict=True)
+        return {name: part if shape else part[:, 0] for (name, shape), part in parts}
+
     def add(self, **transition: np.ndarray | float) -> None:
         """Append one transition, over the oldest one when full."""
-        for name, value in transition.items():
-            self.data[name][self.added % self.capacity] = torch.as_tensor(value)
+        values = [np.atleast_1d(transition[name]) for name in self.shapes]
+        row = np.concatenate(values, dtype=np.float32, casting="same_kind")
+        self.table[self.added % self.capacity] = torch.from_numpy(row)
         self.set_added(self.added + 1)
 
     def sample(self, batch_size: int) -> dict[str, Tensor]:
         """Uniform draws with replacement. The bound is a tensor, so that one CUDA graph can draw while it changes."""
         rows = torch.randint(2**62, (batch_size,), device=self.size.device) % self.size
-        return {name: column[rows] for name, column in self.data.items()}
+        return self.columns(self.table[rows])
 
     def recent(self, count: int) -> dict[str, Tensor]:
         """The last `count` transitions, or all there are."""
         rows = torch.arange(self.added - min(count, len(self)), self.added) % self.capacity
-        return {name: column[rows] for name, column in self.data.items()}
+        return self.columns(self.table[rows])
 
     def state_dict(self) -> dict:
         """The filled rows. A slice would save its whole storage: cloned, unless it is all."""
@@ -511,13 +518,11 @@ class Agent:
         self.critic = Critic(sum(self.sizes), args.critic_hidden_dim, args.hidden_layers).to(self.device)
         self.target = copy.deepcopy(self.critic)
         self.log_alpha = torch.zeros((), device=self.device, requires_grad=True)
+        if args.compile:
+            torch.compiler.reset()  # the last task's networks are gone
         self.critic_optimizer = self.adam(self.critic.parameters(), lr=args.critic_lr)
         self.alpha_optimizer = self.adam([self.log_alpha], lr=args.actor_lr)
         self.start_from_here()
-        self.critic_loss, self.actor_loss = critic_loss, actor_loss
-        if args.compile:
-            torch.compiler.reset()  # the last task's networks are gone
-            self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
 
     def start_from_here(self) -> None:
         """A fresh optimizer for the policy, whose present weights are those that resets go back to; new CUDA graphs."""
@@ -527,6 +532,9 @@ class Agent:
         schedule = (args.reset_every, args.reset_until, threshold, args.dormant_metric)
         layers = [*self.policy.hidden, self.policy.mean]
         self.dormant = DormantResets(layers, self.actor_optimizer, *schedule) if self.shared else None
+        self.critic_loss = with_gradients(critic_loss, self.critic_optimizer, args.compile)
+        self.actor_loss = with_gradients(actor_loss, self.actor_optimizer, args.compile)
+        self.distillation_loss = with_gradients(distillation_loss, self.actor_optimizer, False)
         captured = partial(Captured, device=self.device, graphs=args.cuda_graph)
         self.captured, self.captured_distillation = captured(self.learn), captured(self.learn_to_explore)
         self.explore = CapturedPolicy(lambda obs: self.policy.sample(obs[None])[0][0], self.device, args.cuda_graph)
@@ -541,8 +549,8 @@ class Agent:
 
     def learn_to_explore(self) -> None:
         """The work of `distill`, as common/capture.py asks."""
-        loss = distillation_loss(self.policy, self.replay.sample(self.args.batch_size)["obs"])
-        self.step(self.actor_optimizer, loss)
+        loss = self.distillation_loss(self.policy, self.replay.sample(self.args.batch_size)["obs"])
+        self.actor_optimizer.step()
         keep(self.losses, {"distillation": loss})
 
     def end_distillation(self) -> None:
@@ -574,25 +582,21 @@ class Agent:
         policy = self.policy_of(int(torch.randint(self.task, ()))) if self.shared else self.policy
         return partial(policy.act, explore=True)
 
-    def step(self, optimizer: torch.optim.Adam, loss: Tensor) -> None:
-        """Gradients of the optimizer's own parameters, and its step."""
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=optimizer.param_groups[0]["params"])
-        optimizer.step()
-
     def update(self, logged: bool = False) -> None:
         """One SAC update; `losses` has the latest. logged: its gradients are asked for."""
         self.captured(eager=logged)
 
     def learn(self) -> None:
-        """The work of an update, as common/capture.py asks."""
+        """The work of an update, as common/capture.py asks. The losses leave their gradients in `.grad`."""
         args, batch = self.args, self.replay.sample(self.args.batch_size)
         q_loss, q_mean = self.critic_loss(self.policy, self.critic, self.target, self.log_alpha, batch, args.gamma)
-        self.step(self.critic_optimizer, q_loss)
+        self.critic_optimizer.step()
         policy_loss, log_prob = self.actor_loss(self.policy, self.critic, self.log_alpha, batch["obs"])
-        self.step(self.actor_optimizer, policy_loss)
+        self.actor_optimizer.step()
         alpha_loss = -self.log_alpha.exp() * (log_prob - self.sizes[1] / 2)  # target entropy -|A|/2 (authors)
-        self.step(self.alpha_optimizer, alpha_loss)
+        self.alpha_optimizer.zero_grad()
+        alpha_loss.backward()
+        self.alpha_optimizer.step()
         with torch.no_grad():
             for target, value in zip(self.target.parameters(), self.critic.parameters(), strict=True):
                 target.lerp_(value, args.tau)

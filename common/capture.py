@@ -1,4 +1,4 @@
-"""Updates and policies as CUDA graphs: launched at once, not operator by operator. On a CPU they are what they were.
+"""Updates and policies as CUDA graphs, launched at once and not operator by operator; losses that are compiled.
 
 An update of small networks is hundreds of short operators, and to launch one takes longer than to run it. A graph is
 recorded once, and one launch replays all of it, on the addresses that it was recorded with. So a captured function
@@ -7,7 +7,7 @@ recorded once, and one launch replays all of it, on the addresses that it was re
 * reads and writes tensors that stay where they are: state is changed in place, results are handed to `keep`,
 * never waits for the device, and has no shape that depends on data.
 
-Its Python does not run in a replay: counters stay outside, or are among the `schedules`.
+Its Python does not run in a replay: counters stay outside, or are among the `schedules`. On a CPU there are no graphs.
 """
 
 from collections import Counter
@@ -57,7 +57,7 @@ class Captured:
         """The graph of a call. Nothing runs on the device, and what the call counted is put back."""
         graph, schedules = torch.cuda.CUDAGraph(), self.schedules(*arguments)
         counts = [schedule.updates for schedule in schedules]
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
             self.function(*arguments)
         for schedule, count in zip(schedules, counts, strict=True):
             schedule.updates = count
@@ -89,6 +89,35 @@ class CapturedPolicy:
     def play(self) -> None:
         action = self.policy(self.obs.to(self.device, non_blocking=True))
         self.action.copy_(action, non_blocking=True)
+
+
+def with_gradients(loss: Callable, optimizer: torch.optim.Optimizer, compiled: bool) -> Callable:
+    """`loss`, which then also leaves gradients in `.grad` of the optimizer's parameters, of what it returns first.
+
+    loss: returns a tensor, or a tuple whose first is the loss, averaged if it has several elements. compiled: from the
+    arguments to the gradients it is one function of `torch.compile`. The optimizer's step is no part of it.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def results_and_gradients(*arguments) -> tuple:
+        results = loss(*arguments)
+        first = results[0] if isinstance(results, tuple) else results
+        gradients = torch.autograd.grad(first.mean(), parameters)
+        return tuple(r.detach() for r in results) if isinstance(results, tuple) else results.detach(), gradients
+
+    if compiled:
+        torch._dynamo.config.trace_autograd_ops = True  # else `autograd.grad` would cut the function in two
+        torch._inductor.config.fallback_random = True  # random numbers as they are without compilation
+        results_and_gradients = torch.compile(results_and_gradients, fullgraph=True, dynamic=False)
+
+    def run(*arguments):
+        optimizer.zero_grad(set_to_none=True)  # first: the old ones make room for the new
+        results, gradients = results_and_gradients(*arguments)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return results
+
+    return run
 
 
 def keep(store: dict[str, Tensor], values: dict[str, Tensor]) -> None:
