@@ -13,7 +13,6 @@ seeded by run, task and number, so evaluations see the same layouts every time; 
 """
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ from common import metrics
 from common.envs import seed_of
 
 gmp_set = lift("sparse_mtrl_gmp_set", 0)  # GMP, SET
-TASKS = {"mt3": ["LavaGapS7", "RedBlueDoors-6x6", "MemoryS11"], "mt2": ["LavaGapS7", "DistShift1"]}
+TASKS = {"mt2": ["Empty-5x5", "Empty-Random-6x6"], "mt3": ["LavaGapS7", "RedBlueDoors-6x6", "MemoryS11"]}
 TASKS["mt5"] = ["DoorKey-6x6", "LavaGapS7", "RedBlueDoors-6x6", "DistShift1", "MemoryS11"]
 TASKS["mt7"] = [*TASKS["mt5"], "SimpleCrossingS9N2", "MultiRoom-N2-S4"]
 TRAINING, EVALUATION = 1, 2  # streams of random numbers
@@ -45,7 +45,9 @@ LEARNING_RATE, GAMMA, GAE_LAMBDA, CLIP_COEF, ENT_COEF = 1e-3, 0.99, 0.95, 0.2, 0
 
 def parse_args(words=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--tasks", default="mt5", choices=TASKS)
+    parser.add_argument(
+        "--tasks", default="mt5", choices=TASKS, help="mt2 is easy and ours, the others are the paper's"
+    )
     parser.add_argument("--method", default="dense", choices=["dense", "gmp", "set"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--run-dir", type=Path, help="folder of the run; by default a new one under runs/")
@@ -59,6 +61,7 @@ def parse_args(words=None):
     parser.add_argument("--minibatch", type=int, default=256, help="samples of each task")
     parser.add_argument("--sparsity", type=float, default=0.95, help="of each network: GMP's final one, SET's always")
     parser.add_argument("--prune-every", type=int, default=500, help="updates between GMP's pruning steps")
+    parser.add_argument("--prune-scope", default="global", choices=["global", "layer"], help="what GMP ranks together")
     parser.add_argument("--evolve-every", type=int, default=2000, help="updates between SET's rewirings")
     yes_or_no = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--sparsify-heads", **yes_or_no, help="no: GMP and SET take the convolutions alone")
@@ -195,11 +198,11 @@ class Agent:
         total = args.epochs * args.actor_epochs * math.ceil(args.epoch_steps / args.minibatch)  # GMP, SET
         for network, optimizer in zip(self.networks.values(), self.optimizers, strict=True):  # GMP, SET
             layers = list(network.children())[: None if args.sparsify_heads else 3]  # GMP, SET
-            inputs = (layers, optimizer)  # GMP, SET
             if args.method == "gmp":  # GMP, SET
-                self.sparse.append(gmp_set.GMP(*inputs, total, args.sparsity, every=args.prune_every))  # GMP, SET
+                numbers = {"every": args.prune_every, "local": args.prune_scope == "layer"}  # GMP, SET
+                self.sparse.append(gmp_set.GMP(layers, optimizer, total, args.sparsity, **numbers))  # GMP, SET
             elif args.method == "set":  # GMP, SET
-                self.sparse.append(gmp_set.SET(*inputs, args.sparsity, every=args.evolve_every))  # GMP, SET
+                self.sparse.append(gmp_set.SET(layers, optimizer, args.sparsity, every=args.evolve_every))  # GMP, SET
 
     def step(self, index, loss):
         """One step of the actor (0) or the critic (1)."""
@@ -238,16 +241,9 @@ class Agent:
         scalars = {name: float(value) for name, value in scalars.items()}
         for (name, network), sparse in zip(self.networks.items(), self.sparse, strict=False):  # GMP, SET
             weights = sum(layer.weight.numel() for layer in network.children())  # GMP, SET
-            scalars[f"density_{name}"] = 1 - sum(int((~mask).sum()) for mask in sparse.masks) / weights  # GMP, SET
+            missing = sum(int((~mask).sum()) for mask in sparse.masks)  # GMP, SET
+            scalars[f"sparsity/{name}/density"] = 1 - missing / weights  # GMP, SET
         return scalars
-
-
-def append(path, rows):
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if not file.tell():
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(args):
@@ -256,8 +252,6 @@ def main(args):
     if (run_dir / "results.json").exists():
         sys.exit(f"--run-dir {run_dir}: holds a finished run")
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("evaluations.csv", "training.csv"):  # of a run that was cut off: it begins anew
-        (run_dir / name).unlink(missing_ok=True)
     epoch_steps = args.epoch_steps * len(tasks)
     config = {"script": "mtppo_minigrid", "args": vars(args) | {"run_dir": str(run_dir)}}
     config |= {"total_steps": args.epochs * epoch_steps, "versions": {n: version(n) for n in ("torch", "minigrid")}}
@@ -267,6 +261,7 @@ def main(args):
     torch.manual_seed(args.seed)
     agent, envs, start = Agent(args, len(tasks)), make_envs(tasks), time.monotonic()
     seeds = [map(partial(seed_of, args.seed, TRAINING, task), count()) for task in range(len(tasks))]
+    evaluations, training = [], []
     for epoch in range(args.epochs + 1):
         if epoch:
             data = rollout(agent.actor, envs, seeds, args.epoch_steps)
@@ -279,10 +274,12 @@ def main(args):
             row = {"global_step": step, "phase": 0, "task_index": i, "task": task, "episodes": args.eval_episodes}
             row |= {"episode_return": returns[i].mean(), "success": (returns[i] > 0).mean()}
             rows.append(row | {"episode_length": lengths[i].mean()})
-        append(run_dir / "evaluations.csv", rows)
+        evaluations += rows
+        pd.DataFrame(evaluations).to_csv(run_dir / "evaluations.csv", index=False)
         if epoch:
             scalars |= agent.measure(data[0])
-            append(run_dir / "training.csv", [{"global_step": step} | scalars])
+            training.append({"global_step": step} | scalars)
+            pd.DataFrame(training).to_csv(run_dir / "training.csv", index=False)
         if not args.quiet:
             shown = ", ".join(f"{row['task']} {row['episode_return']:.2f}" for row in rows)
             togo = f", {seconds / epoch * (args.epochs - epoch) / 60:.0f} min to go" if epoch else ""
