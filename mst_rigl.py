@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from common import cli, metrics
 from common.capture import Captured, CapturedPolicy, keep, with_gradients
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
-from common.envs import env_sizes, make_env, seed_of
+from common.envs import canonical, env_options, env_sizes, make_env, seed_of
 from common.recorder import Recorder, evaluate_stored, recorded, restored
 
 # MR.Q's constants (authors' code)
@@ -109,6 +109,8 @@ class Args:
     # --- Environment and evaluation ---
 
     action_repeat: PositiveInt | None = None  # environment steps per agent step; default 2 in dm_control, else 1 (MR.Q)
+    env_kwargs: str = ""  # JSON, further arguments of a Gymnasium environment's constructor: '{"xml_file": "my.xml"}'
+    max_episode_steps: PositiveInt | None = None  # default the environment's own limit, 10 000 where it has none
     eval_every: PositiveInt = 5000  # agent steps between evaluations; the end of the run is always evaluated
     eval_episodes: PositiveInt = 10  # deterministic episodes per evaluation
 
@@ -131,7 +133,7 @@ class Args:
     # --- Scale and sparse training (MST) ---
 
     width_scale: PositiveFloat = 1.0  # factor on every hidden and latent width (paper: up to 5)
-    depth_scale: PositiveInt = 1  # factor on the number of hidden blocks
+    depth_scale: cli.Depth = 1  # factor on the number of hidden blocks
     encoder_type: BlockType = 6  # 1 ReLU, 2 ELU; 3, 4 with LayerNorm; 5, 6 with LayerNorm and residual (MR.Q: 4)
     critic_type: BlockType = 4  # block type of the critics (MR.Q: 4)
     actor_type: BlockType = 5  # block type of the actor (MR.Q: 3)
@@ -696,6 +698,7 @@ class Agent:
 # ------------------------------------------------------------------------------------------------------ the run
 
 
+@cli.loader
 def load_policy(run_dir: str) -> Callable[[np.ndarray], np.ndarray]:
     """The policy of a stored run: an observation (obs_dim,) of any float type -> an action (act_dim,) in [-1, 1]."""
     args, checkpoint = cli.load_run(run_dir, Args, "mst_rigl")
@@ -729,20 +732,22 @@ def startup_warnings(agent: Agent) -> list[str]:
 def main(args: Args) -> dict:
     """Train on one task; returns what results.json holds, or with --evaluate what `metrics.evaluate` returns."""
     args, checkpoint, device = cli.prepare(args, "mst_rigl", PRESETS)
-    steps, repeat = (500_000, 2) if args.env_id.startswith("dmc/") else (1_000_000, 1)  # stored is what was run
+    args = replace(args, env_id=canonical(args.env_id))  # stored is what was run
+    steps, repeat = (500_000, 2) if args.env_id.startswith("dmc/") else (1_000_000, 1)
     args = replace(args, total_steps=args.total_steps or steps, action_repeat=args.action_repeat or repeat)
-    make_task, tasks = partial(make_env, action_repeat=args.action_repeat), [args.env_id]
+    make_task, tasks = partial(make_env, action_repeat=args.action_repeat, **env_options(args)), [args.env_id]
     if args.evaluate:
         policy = load_policy(args.evaluate)
         return evaluate_stored(args, tasks, [0], lambda _: policy, make_task, EVAL_EPISODES)[0]
     below = f"below --total-steps {args.total_steps}"
     require(args, "learning_starts", args.learning_starts < args.total_steps, below)
 
-    obs_dim, act_dim = env_sizes(args.env_id)
-    agent, at = Agent(args, obs_dim, act_dim, device), {"step": 0, "episode": 0}
+    obs_dim, act_dim = env_sizes(args.env_id, args)
+    with cli.Memory(device, args.batch_size):
+        agent, at = Agent(args, obs_dim, act_dim, device), {"step": 0, "episode": 0}
     if checkpoint:
         restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
-        at = checkpoint["at"]
+        at = restored(at, checkpoint["at"], device)
     phases = [(args.total_steps, args.learning_starts)]
     recorder = Recorder(args, "mst_rigl", args.env_id, tasks, phases, checkpoint)
     recorder.begin(agent, at, checkpoint, agent.parameter_counts())

@@ -72,7 +72,7 @@ PRESETS = {"quick": QUICK}
 @dataclass
 class Args:
     task_seq: str = "window"  # tasks of a cycle: window, drawer, button, cycle4, or Meta-World names joined by commas
-    cycles: PositiveInt = 2  # how often the tasks come in turn
+    cycles: cli.Cycles = 2  # how often the tasks come in turn
     steps_per_task: PositiveInt = 500_000  # environment steps of one visit to a task, at most (our choice)
     stop_when_solved: bool = True  # end a visit after three evaluations in a row with success 0.95 or above
     seed: Seed = 1  # seed of everything random
@@ -98,7 +98,7 @@ class Args:
 
     # --- SAC (defaults of CleanRL) ---
     hidden_dim: PositiveInt = 256  # width of the hidden layers of actor and critics
-    hidden_layers: PositiveInt = 2  # hidden layers of actor and critics
+    hidden_layers: cli.Depth = 2  # hidden layers of actor and critics
     layer_norm: bool = False  # LayerNorm before each ReLU of actor and critics
     buffer_size: PositiveInt = 1_000_000  # replay capacity of the present task, transitions; emptied at each border
     batch_size: PositiveInt = 256  # transitions per update; one update per environment step
@@ -546,6 +546,7 @@ def policy(actor: Actor, one_hot: np.ndarray) -> Callable[[np.ndarray], np.ndarr
     return lambda obs: actor.act(np.concatenate([obs, one_hot], dtype=np.float32, casting="same_kind"))
 
 
+@cli.loader
 def load_actor(run_dir: str) -> tuple[Args, Actor]:
     """Arguments and actor of a stored run."""
     args, checkpoint = cli.load_run(run_dir, Args, "nbsp")
@@ -639,13 +640,14 @@ def main(args: Args) -> dict:
     if args.evaluate:
         stored_policy = partial(load_policy, args.evaluate)
         return evaluate_stored(args, tasks, range(len(tasks)), stored_policy, make_env, EVAL_GOALS)
-    (obs_dim, act_dim), one_hot = env_sizes(tasks[0]), one_hots(args, tasks)
-    agent = Agent(args, obs_dim + one_hot.shape[1], act_dim, device)
+    (obs_dim, act_dim), one_hot = env_sizes(tasks[0], args), one_hots(args, tasks)
+    with cli.Memory(device, args.batch_size):
+        agent = Agent(args, obs_dim + one_hot.shape[1], act_dim, device)
     # Where the run is: a phase is one visit to a task, which takes `phase_steps` environment steps.
     at = {"phase": 0, "step": 0, "episode": 0, "phase_steps": [], "scored_by": []}
     if checkpoint:
         restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
-        at = checkpoint["at"]
+        at = restored(at, checkpoint["at"], device)
     random_steps = [args.learning_starts if phase < len(tasks) else 0 for phase in range(args.cycles * len(tasks))]
     idle_steps = [max(steps, args.batch_size - 1) for steps in random_steps]  # before a visit's first update
     phases = [(args.steps_per_task, steps) for steps in idle_steps]  # length, steps without an update

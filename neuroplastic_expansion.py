@@ -65,7 +65,7 @@ from torch import Tensor, nn
 from common import cli, metrics
 from common.capture import Captured, CapturedPolicy, keep, with_gradients
 from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, require
-from common.envs import env_sizes, make_env, seed_of
+from common.envs import canonical, env_options, env_sizes, make_env, seed_of
 from common.recorder import Recorder, evaluate_stored, recorded, restored
 
 LOG_EVERY = 1000  # environment steps between two points of the loss curves
@@ -101,7 +101,9 @@ class Args:
 
     env_id: str = "HalfCheetah-v5"  # Gymnasium id with Box spaces, or dmc/<domain>-<task>
     task_seq: str | None = None  # environments joined by commas, visited in turn by one network, instead of --env-id
-    cycles: PositiveInt = 2  # how often --task-seq goes round
+    cycles: cli.Cycles = 2  # how often --task-seq goes round
+    env_kwargs: str = ""  # JSON, further arguments of a Gymnasium environment's constructor: '{"xml_file": "my.xml"}'
+    max_episode_steps: PositiveInt | None = None  # default the environment's own limit, 10 000 where it has none
     steps_per_task: PositiveInt = 1_000_000  # environment steps of a run, of each visit with --task-seq (paper: 1 M)
     action_repeat: PositiveInt = 1  # environment steps per action; all other step counts are counts of actions
     eval_every: PositiveInt = 5000  # steps between evaluations on the present task; a visit's end evaluates all tasks
@@ -582,15 +584,17 @@ class PadSpaces(gym.Wrapper):
 
 def visits_of(args: Args) -> list[str]:
     """The environment of each visit: one, or the whole sequence as often as it goes round."""
-    return [task.strip() for task in args.task_seq.split(",")] * args.cycles if args.task_seq else [args.env_id]
+    visits = [canonical(task) for task in (args.task_seq or args.env_id).split(",")]
+    return visits * args.cycles if args.task_seq else visits
 
 
 def sizes_of(args: Args) -> dict[str, tuple[int, int]]:
     """Observation and action dimension of each task, in the order of the first visits."""
     flag = "--task-seq" if args.task_seq else "--env-id"
-    return {task: env_sizes(task, flag) for task in dict.fromkeys(visits_of(args))}
+    return {task: env_sizes(task, args, flag) for task in dict.fromkeys(visits_of(args))}
 
 
+@cli.loader
 def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarray]:
     """The policy of a stored run on one of its tasks: an observation (obs_dim,) -> the action (act_dim,), float32."""
     args, checkpoint = cli.load_run(run_dir, Args, "neuroplastic_expansion")
@@ -643,18 +647,20 @@ def main(args: Args) -> dict:
     tasks, (obs_dim, act_dim) = list(sizes), (max(dims) for dims in zip(*sizes.values(), strict=True))
 
     def make_task(task: str, **options) -> gym.Env:
+        options |= env_options(args)
         return PadSpaces(make_env(task, action_repeat=args.action_repeat, **options), obs_dim)
 
     if args.evaluate:
         policy_of = partial(load_policy, args.evaluate)
         return evaluate_stored(args, tasks, range(len(tasks)), policy_of, make_task, EVAL_EPISODES)
     total_updates = len(visits) * max(0, args.steps_per_task - args.learning_starts)
-    agent = Agent(args, obs_dim, act_dim, total_updates, device)
+    with cli.Memory(device, args.batch_size):
+        agent = Agent(args, obs_dim, act_dim, total_updates, device)
     check(agent)
     at = {"phase": 0, "step": 0, "episode": 0}
     if checkpoint:
         restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
-        at = checkpoint["at"]
+        at = restored(at, checkpoint["at"], device)
 
     def policy_of(index: int) -> Callable[[np.ndarray], np.ndarray]:
         return agent.actor.act

@@ -116,7 +116,7 @@ class Args:
     arch: Literal["shared", "moe", "moore"] = "shared"  # one trunk; a mixture of experts; of orthogonal experts
     experts: PositiveInt = 4  # trunks of moe and moore (MOORE's authors on MT10; 6 on MT50)
     hidden_dim: PositiveInt = 400  # units of a hidden layer (Table 3)
-    hidden_layers: PositiveInt = 3  # hidden layers; the last one of an expert is linear (MOORE)
+    hidden_layers: cli.Depth = 3  # hidden layers; the last one of an expert is linear (MOORE)
 
     # --- SAC ---
 
@@ -780,6 +780,7 @@ def check(args: Args, tasks: list[str]) -> None:
         require(args, *rule)
 
 
+@cli.loader
 def load_actor(run_dir: str) -> Actor:
     """The actor of a stored run, as its last checkpoint has it."""
     args, checkpoint = cli.load_run(run_dir, Args, "sparse_mtrl_gmp_set")
@@ -805,11 +806,12 @@ def main(args: Args) -> dict:
     if args.evaluate:
         actor = load_actor(args.evaluate).to(device)
         return evaluate_stored(args, tasks, indices, lambda task: partial(actor.act, task=task), make_task, EVAL_GOALS)
-    agent = Agent(args, len(tasks), *env_sizes(tasks[0]), device)
+    with cli.Memory(device, args.batch_per_task * len(tasks)):
+        agent = Agent(args, len(tasks), *env_sizes(tasks[0], args), device)
     at = {"step": 0, "episode": 0, "metrics": {}}  # `step` counts the environment steps of all tasks
     if checkpoint:
         restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
-        at = checkpoint["at"]
+        at = restored(at, checkpoint["at"], device)
     step, total_steps = at["step"], args.total_steps // len(tasks) * len(tasks)
     warm_up_steps = args.learning_starts // len(tasks) * len(tasks)
     phases = [(total_steps, warm_up_steps)]

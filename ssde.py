@@ -99,7 +99,7 @@ class Args:
     # --- SAC ---
 
     hidden_dim: PositiveInt = 1024  # width of the actor's hidden layers
-    hidden_layers: PositiveInt = 4  # hidden layers of actor and critics
+    hidden_layers: cli.Depth = 4  # hidden layers of actor and critics
     critic_hidden_dim: PositiveInt = 256  # width of the critics' hidden layers
     buffer_size: PositiveInt = 1_000_000  # replay capacity, transitions; emptied at each task's start
     batch_size: PositiveInt = 256  # transitions per update; one update per environment step
@@ -645,6 +645,13 @@ class Agent:
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
+@cli.loader
+def tasks_begun(run_dir: str) -> int:
+    """How many tasks a stored run has begun, the present one included."""
+    return cli.load_run(run_dir, Args, "ssde")[1]["agent"]["task"] + 1
+
+
+@cli.loader
 def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarray]:
     """The policy of a stored run on a task of its sequence: observation (39,) of any float type -> action (4,)."""
     args, checkpoint = cli.load_run(run_dir, Args, "ssde")
@@ -699,22 +706,23 @@ def main(args: Args) -> dict:
     require(args, "learning_starts", args.learning_starts < steps, f"below --steps-per-task {steps}")
     make_task = partial(make_env, reward_version=args.reward_version)
     if args.evaluate:
-        begun = cli.load_run(args.evaluate, Args, "ssde")[1]["agent"]["task"] + 1
-        stored_policy = partial(load_policy, args.evaluate)
-        return evaluate_stored(args, tasks, range(begun), stored_policy, make_task, EVAL_GOALS)
+        indices, stored_policy = range(tasks_begun(args.evaluate)), partial(load_policy, args.evaluate)
+        return evaluate_stored(args, tasks, indices, stored_policy, make_task, EVAL_GOALS)
+    at = {"task": 0, "step": 0, "episode": 0, "embeddings": None, "reference": None}
     if checkpoint:
-        at = checkpoint["at"]
+        at = restored(at, checkpoint["at"], torch.device("cpu"))
     else:  # where the run is, and what comes from files, which may have changed or gone on resume
         sentences, reference = task_sentences(tasks, args.task_descriptions), reference_auc(args.reference, args, tasks)
         embeddings = torch.from_numpy(encode_tasks(sentences, args.task_encoder))
-        at = {"task": 0, "step": 0, "episode": 0, "embeddings": embeddings, "reference": reference}
-    agent = Agent(args, at["embeddings"].numpy(), *env_sizes(tasks[0]), device)
-    if checkpoint:
-        agent.load(checkpoint.pop("agent"))  # pop: the buffer's second copy is not kept
-    else:
-        if args.method == "ssde":
-            refuse_empty_tasks(agent)
-        agent.begin_task()
+        at |= {"embeddings": embeddings, "reference": reference}
+    with cli.Memory(device, args.batch_size):
+        agent = Agent(args, at["embeddings"].numpy(), *env_sizes(tasks[0], args), device)
+        if checkpoint:
+            agent.load(checkpoint.pop("agent"))  # pop: the buffer's second copy is not kept
+        else:
+            if args.method == "ssde":
+                refuse_empty_tasks(agent)
+            agent.begin_task()
     reward_scale = args.reward_scale or {"v1": 1 / 200, "v2": 1.0}[args.reward_version]
     phases = [(steps, args.learning_starts)] * len(tasks)
     recorder = Recorder(args, "ssde", args.task_seq, tasks, phases, checkpoint)

@@ -7,6 +7,7 @@ From Python `main(Args(quick=True))` does the same: `main` begins with `prepare`
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
@@ -27,6 +28,8 @@ import torch
 import tyro
 from annotated_types import Ge, Gt, Interval, Le, Lt
 from filelock import FileLock, Timeout
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 CHECKPOINT, CONFIG, LOCK = "checkpoint.pt", "config.json", ".lock"
 HELD: list[FileLock] = []  # of the folders that this process writes
@@ -38,6 +41,8 @@ Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
+Depth = Annotated[int, Interval(ge=1, le=100)]  # of a network: each layer is built before the run
+Cycles = Annotated[int, Interval(ge=1, le=1000)]  # of a sequence of tasks: each visit is listed before the run
 Device = Literal["auto", "cpu", "cuda"]
 # Arguments that do not change what a run computes: free to differ on --resume.
 OUTPUT_ARGS = {"resume", "run_dir", "quiet", "track", "wandb_project", "capture_video", "checkpoint_every"}
@@ -98,14 +103,14 @@ def prepare(args, script: str, presets: dict[str, dict] | None = None):
     require(args, "torch_threads", args.torch_threads <= cores, f"at most the number of cores, {cores}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
-    draws = not args.capture_video or os.environ.get("MUJOCO_GL") != "disable"  # see common/envs.py
-    require(args, "capture_video", draws, "off: no EGL library is here to draw with")
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
     torch.manual_seed(args.seed)
     if args.resume:
         hold(args.resume)
     checkpoint = load_checkpoint(args.resume, script) if args.resume else None
+    if checkpoint:
+        refuse_foreign(args.resume, args, checkpoint)
     return args, checkpoint, torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -129,11 +134,26 @@ def with_defaults(args, values: dict):
 def load_run(run_dir: str, cls: type, script: str):
     """Arguments and checkpoint of a stored run, to play its policy. The tensors stay in the file until they are read.
 
-    Raises ArgumentError where there is no such run.
+    The arguments are those of the run but for what it showed. Raises ArgumentError where there is no such run.
     """
-    args = cls(**stored_args(run_dir, cls))
-    check_types(args)
-    return args, load_checkpoint(run_dir, script, mmap=True)
+    args, checkpoint = cls(**stored_args(run_dir, cls)), load_checkpoint(run_dir, script, mmap=True)
+    refuse_foreign(run_dir, args, checkpoint)
+    return dataclasses.replace(args, quiet=True, capture_video=False), checkpoint
+
+
+def loader(load):
+    """Decorator of a function that loads a policy from `run_dir`, its first argument: what does not fit is one line."""
+
+    @functools.wraps(load)
+    def guarded(run_dir, *args, **kwargs):
+        try:
+            return load(run_dir, *args, **kwargs)
+        except ArgumentError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ArgumentError(f"{Path(run_dir) / CHECKPOINT}: does not fit ({words_of(error)})") from None
+
+    return guarded
 
 
 # ----------------------------------------------------------------------------------------------------------- checking
@@ -187,6 +207,68 @@ def refuse_contradictions(args, stored: dict) -> None:
             raise ArgumentError(f"{flag(name)} {value}: contradicts the resumed run, which has {stored[name]}")
 
 
+def refuse_foreign(run_dir: str, args, checkpoint: dict) -> None:
+    """Raise ArgumentError unless `checkpoint` is of the run whose `args` stand in the folder's `config.json`."""
+    for name, value in checkpoint.get("args", {}).items():
+        if name not in OUTPUT_ARGS and getattr(args, name, value) != value:
+            files = f"{Path(run_dir) / CHECKPOINT}: not of the run of {CONFIG}"
+            raise ArgumentError(f"{files}, which has {flag(name)} {getattr(args, name)} and not {value}")
+
+
+def words_of(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+class Memory(TorchFunctionMode):
+    """`with Memory(device, batch_size):` around what builds an agent: refuses what cannot fit into the memory there.
+
+    It counts, before they are made, the tensors that `torch.empty` gives to weights and `torch.zeros` to the replay
+    buffer: the least that must be there at once. A weight has a gradient and two moments beside it, a batch has the
+    outputs of each weight matrix (outputs, inputs) or (copies, inputs, outputs). Raises ArgumentError with both sums.
+    """
+
+    def __init__(self, device: torch.device, batch_size: int):
+        super().__init__()
+        self.device, self.batch_size, self.free = device, batch_size, available_memory(device)
+        self.needed = {"networks": 0, "a batch": 0, "the replay buffer": 0}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros) and self.free is not None:
+            try:
+                tensor = func(*args, **kwargs | {"device": "meta"})  # a shape without memory
+            except RuntimeError as error:  # more than 64 bits can count
+                raise ArgumentError(f"memory: too large for any: {words_of(error)}") from None
+            if func is torch.zeros:
+                self.needed["the replay buffer"] += tensor.nbytes
+            else:
+                outputs = tensor.numel() // tensor.shape[1] if tensor.ndim > 1 else 0
+                self.needed["networks"] += 4 * tensor.nbytes
+                self.needed["a batch"] += tensor.itemsize * self.batch_size * outputs
+            if sum(self.needed.values()) > self.free:
+                shown = ", ".join(f"{size / 1e9:,.1f} GB for {name}" for name, size in self.needed.items())
+                free = f"{self.free / 1e9:,.1f} GB are free ({self.device.type})"
+                raise ArgumentError(f"memory: needs at least {shown}; {free}")
+        return func(*args, **kwargs)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take, of a GPU or, where Linux tells it, of the machine; else None."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = []
+    with contextlib.suppress(OSError, LookupError, ValueError):
+        limits.append(1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]))
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        with contextlib.suppress(OSError, ValueError):  # "max": none
+            limits.append(int((Path("/sys/fs/cgroup") / file).read_text()))
+    return min(limits, default=None)
+
+
 # -------------------------------------------------------------------------------------------------------- stored runs
 
 
@@ -199,9 +281,9 @@ def stored_args(run_dir: str, cls: type) -> dict:
     """The arguments in `run_dir`/config.json; ArgumentError if there are none or they belong to another script."""
     path = Path(run_dir) / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path.read_text(encoding="utf-8"))
         stored, script, version = dict(config["args"]), config.get("script"), config.get("format")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgumentError(f"{run_dir}: no readable run here ({CONFIG}: {type(error).__name__})") from None
     if version != FORMAT:
         raise ArgumentError(f"{path}: a run of another version (format {version or 1}; this version reads {FORMAT})")
@@ -210,7 +292,22 @@ def stored_args(run_dir: str, cls: type) -> dict:
     if script != own or unknown:
         what = f" (it has {', '.join(unknown)})" if unknown else ""
         raise ArgumentError(f"{path}: the run of {script}.py, not of {own}.py{what}")
+    try:
+        check_types(cls(**stored))
+    except ArgumentError as error:
+        raise ArgumentError(f"{path}: {error}") from None
     return stored
+
+
+def read_json(text: str) -> dict:
+    """The object that a JSON text holds. Raises ValueError where it holds none."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("brackets within brackets, too deep to be read") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"no object {{...}} but {type(value).__name__}")
+    return value
 
 
 def hold(run_dir: str | Path) -> None:
@@ -247,10 +344,22 @@ def load_checkpoint(run_dir: str, script: str, mmap: bool = False) -> dict:
         raise ArgumentError(f"{path}: not a checkpoint of {script}.py")
     if checkpoint.get("format") != FORMAT:
         raise ArgumentError(f"{path}: of another version (format {checkpoint.get('format', 1)}, not {FORMAT})")
+    for part in ("record", "agent", "at", "random"):
+        if not isinstance(checkpoint.get(part), dict):
+            raise ArgumentError(f"{path}: damaged: it has no {part}")
     return checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------------ parsing
+
+
+def say(line: str, file=None) -> None:
+    """Print a line above the progress bar. No output is worth a run: a stream that is closed or full is let be."""
+    stream = file or sys.stdout  # None where the shell closed it
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(line, file=stream)
+            stream.flush()  # a file or a pipe would hold it back
 
 
 def parse_args(cls: type, presets: dict[str, dict] | None = None, argv: list[str] | None = None):

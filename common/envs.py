@@ -7,9 +7,10 @@ Meta-World's tasks. ``TaskEnvs`` and ``WorkerEnvs`` step several of them at once
 
 import contextlib
 import ctypes.util
-import difflib
 import functools
+import gc
 import importlib.util
+import io
 import math
 import multiprocessing
 import multiprocessing.resource_tracker
@@ -18,14 +19,15 @@ import random
 import signal
 import sys
 import types
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 
-from common.cli import ArgumentError, NotFiniteError, RunError
-from common.descriptions import TASK_DESCRIPTIONS
+from common.cli import ArgumentError, NotFiniteError, RunError, read_json, say, words_of
+from common.descriptions import TASK_DESCRIPTIONS, nearest, task_name
 
 if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
     # Left to themselves MuJoCo, Gymnasium and dm_control choose GLFW, which cannot draw without a display. dm_control
@@ -82,38 +84,75 @@ TASK_SEQUENCES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
-
-
-def _canonical(task: str) -> str:
-    return task if task.endswith("-v3") else f"{task}-v3"
-
-
 def seed_of(*words: int) -> int:
     """One seed from several numbers, e.g. (run seed, stream, task): independent streams for all that is random."""
     return int(np.random.SeedSequence([int(word) for word in words]).generate_state(1)[0])
 
 
-def env_sizes(env_id: str, flag: str = "--env-id") -> tuple[int, int]:
-    """Observation and action dimension of an environment. Raises ArgumentError for one that `make_env` refuses.
+def canonical(env_id: str) -> str:
+    """An environment's own name where `env_id` has spaces around it, another case or, in Meta-World, no "-v3"."""
+    env_id, known = task_name(env_id), gym.registry
+    if env_id.lower().startswith("dmc/"):
+        with contextlib.suppress(ValueError):  # `make_env` says it
+            known = _dm_control_tasks()
+    exact = env_id in known or env_id in TASK_DESCRIPTIONS
+    return env_id if exact else next((name for name in known if name.lower() == env_id.lower()), env_id)
 
-    flag: the argument that named it.
-    """
+
+def env_options(args) -> dict:
+    """What `make_env` takes from the arguments of a script, where it has them. Raises ArgumentError for bad JSON."""
+    text = getattr(args, "env_kwargs", "")
     try:
-        env = make_env(env_id, seed=0)
+        env_kwargs = read_json(text) if text else {}
+    except ValueError as error:
+        raise ArgumentError(f"--env-kwargs {text:.100}: must be a JSON object, {{name: value}} ({error})") from None
+    return {"env_kwargs": env_kwargs, "max_episode_steps": getattr(args, "max_episode_steps", None)}
+
+
+def env_sizes(env_id: str, args=None, flag: str = "--env-id") -> tuple[int, int]:
+    """Observation and action dimension of an environment.
+
+    args: of the script, with what they ask of the environment: it is tried before a run depends on it, also whether a
+    video can be drawn. flag: the argument that named it. Raises ArgumentError for what `make_env` refuses.
+    """
+    options = env_options(args)
+    try:
+        env = make_env(env_id, seed=0, **options)
     except ValueError as error:
         raise ArgumentError(f"{flag} {env_id}: {error}") from None
     env.close()
+    limits = [getattr(layer, "_max_episode_steps", None) for layer in layers_of(env)]
+    if ENDLESS in limits and options["max_episode_steps"] is None and not getattr(args, "quiet", True):
+        say(f"{env_id} has no limit of its own: episodes are cut after {ENDLESS:,} steps (--max-episode-steps)")
+    if getattr(args, "capture_video", False):
+        check_drawing(env_id, functools.partial(make_env, **options))
     return env.observation_space.shape[0], env.action_space.shape[0]
+
+
+def check_drawing(env_id: str, make: Callable) -> None:
+    """Draw a frame of an environment that `make` makes. Raises ArgumentError, with what to set, where that fails."""
+    failure = env = None
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):  # one line is enough
+        try:
+            with contextlib.closing(make(env_id, seed=0, render_mode="rgb_array")) as env:
+                env.reset(seed=0)
+                if np.ndim(env.render()) != 3:
+                    raise ValueError("it gives no picture")
+        except Exception as error:  # of any kind: by a driver, a missing package, the environment
+            failure = words_of(error)
+        env = None
+        gc.collect()  # what a library that failed has left complains now
+    if failure:
+        way = "set MUJOCO_GL=egl, or DISPLAY to a screen that is there, or leave it out"
+        raise ArgumentError(f"--capture-video: {env_id} cannot be drawn ({failure}): {way}")
 
 
 def task_sequence(spec: str, flag: str = "--task-seq") -> list[str]:
     """Meta-World task names of a sequence, in order.
 
     Args:
-        spec: a key of ``TASK_SEQUENCES`` ("cw10") or a comma list of tasks with or without "-v3" ("hammer,push-v3");
-            a list may also hold sequences ("cw3,reach").
+        spec: a key of ``TASK_SEQUENCES`` ("cw10") or a comma list of tasks with or without "-v3" ("hammer,push-v3"),
+            in any case; a list may also hold sequences ("cw3, reach").
 
     Raises:
         ArgumentError: an empty list or entry, or an unknown name (with the nearest known ones).
@@ -122,15 +161,13 @@ def task_sequence(spec: str, flag: str = "--task-seq") -> list[str]:
     for name in (part.strip() for part in spec.split(",")):
         if not name:
             raise ArgumentError(f"{flag} {spec}: empty task name: expected for example 'cw10' or 'hammer,push-wall'")
-        if name in TASK_SEQUENCES:
-            tasks += TASK_SEQUENCES[name]
-        elif _canonical(name) in TASK_DESCRIPTIONS:
-            tasks.append(_canonical(name))
+        if name.lower() in TASK_SEQUENCES:
+            tasks += TASK_SEQUENCES[name.lower()]
+        elif task_name(name) in TASK_DESCRIPTIONS:
+            tasks.append(task_name(name))
         else:
-            nearest = _nearest(name, [*TASK_SEQUENCES, *MT50])
-            raise ArgumentError(
-                f"{flag} {spec}: unknown Meta-World task or sequence {name!r}; nearest known: {nearest}"
-            )
+            near = nearest(name, [*TASK_SEQUENCES, *MT50])
+            raise ArgumentError(f"{flag} {spec}: unknown Meta-World task or sequence {name!r}; nearest known: {near}")
     return tasks
 
 
@@ -241,8 +278,11 @@ def _make_meta_world(
 
 def _dm_control_tasks() -> dict[str, tuple[str, str]]:
     """Our ids of dm_control's suite -> (domain, task). Without lqr, whose episodes have no end."""
-    from dm_control import suite
-
+    try:
+        from dm_control import suite
+    except Exception as error:  # it prepares to draw when it is imported
+        words = f"dm_control cannot be imported ({words_of(error)}): MUJOCO_GL=disable leaves drawing out"
+        raise ValueError(words) from None
     return {f"dmc/{domain}-{task}": (domain, task) for domain, task in suite.ALL_TASKS if domain != "lqr"}
 
 
@@ -389,7 +429,7 @@ def make_env(
             Meta-World (as Continual World), else the environment's own limit, or `ENDLESS` where it has none.
         action_repeat: apply each action so many times and sum the rewards, up to the episode's end.
         render_mode: None or "rgb_array" ((480, 480, 3) uint8 in Meta-World and dm_control).
-        env_kwargs: further arguments of a Gymnasium environment.
+        env_kwargs: further arguments of a Gymnasium environment's constructor.
 
     Raises:
         ValueError: unknown ``env_id`` (with the nearest known ones), one whose simulator is not installed, spaces that
@@ -403,12 +443,15 @@ def make_env(
         raise ValueError(f"action_repeat {action_repeat}: expected at least 1")
     if max_episode_steps is not None and max_episode_steps < 1:
         raise ValueError(f"max_episode_steps {max_episode_steps}: expected at least 1")
-    if _canonical(env_id) in TASK_DESCRIPTIONS:
-        env = _make_meta_world(_canonical(env_id), seed, reward_version, max_episode_steps, render_mode)
+    env_id = canonical(env_id)
+    if env_kwargs and (env_id in TASK_DESCRIPTIONS or env_id.startswith("dmc/")):
+        raise ValueError(f"env_kwargs {env_kwargs}: {env_id!r} takes none, only Gymnasium's environments do")
+    if env_id in TASK_DESCRIPTIONS:
+        env = _make_meta_world(env_id, seed, reward_version, max_episode_steps, render_mode)
     elif env_id.startswith("dmc/"):
         known = _dm_control_tasks()
         if env_id not in known:
-            raise ValueError(f"unknown dm_control task {env_id!r}; nearest known: {_nearest(env_id, known)}")
+            raise ValueError(f"unknown dm_control task {env_id!r}; nearest known: {nearest(env_id, known)}")
         env = DMControlEnv(*known[env_id], seed, max_episode_steps is None, render_mode)
         if max_episode_steps is not None:
             env = gym.wrappers.TimeLimit(env, max_episode_steps)
@@ -427,10 +470,9 @@ def _make_gymnasium(env_id: str, max_episode_steps: int | None, render_mode: str
         env = gym.make(env_id, max_episode_steps=max_episode_steps, disable_env_checker=True, **options, **env_kwargs)
     except Exception as error:  # its module or simulator is missing, its constructor refuses: anything can be raised
         if ":" not in env_id and env_id not in gym.registry:
-            nearest = _nearest(env_id, [*MT50, *gym.registry, *_dm_control_tasks()])
-            raise ValueError(f"unknown environment {env_id!r}; nearest known: {nearest}") from None
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{env_id!r} cannot be made: {words}") from None
+            near = nearest(env_id, [*MT50, *gym.registry, *_dm_control_tasks()])
+            raise ValueError(f"unknown environment {env_id!r}; nearest known: {near}") from None
+        raise ValueError(f"{env_id!r} cannot be made: {words_of(error)}") from None
     limited = any(isinstance(layer, gym.wrappers.TimeLimit) for layer in layers_of(env))
     return env if limited else gym.wrappers.TimeLimit(env, ENDLESS)
 

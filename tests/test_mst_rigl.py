@@ -213,7 +213,7 @@ def test_length_and_action_repeat_are_the_authors_unless_given(env_id, expected,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mst_rigl, "Agent", agent)
-    monkeypatch.setattr(mst_rigl, "env_sizes", lambda _: (3, 1))
+    monkeypatch.setattr(mst_rigl, "env_sizes", lambda *_: (3, 1))
     for changes in ({}, {"total_steps": 20_000, "action_repeat": 3}):
         with pytest.raises(KeyboardInterrupt):
             mst_rigl.main(Args(env_id=env_id, preset="mrq", **changes))

@@ -808,7 +808,7 @@ TOY |= {"eval_every": 40, "eval_episodes": 2, "batch_size": 16, "hidden_dim": 16
 
 def patch_toy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(nbsp, "make_env", Point)
-    patch.setattr(nbsp, "env_sizes", lambda task: (4, 2))
+    patch.setattr(nbsp, "env_sizes", lambda task, args: (4, 2))
 
 
 @pytest.fixture(scope="module")

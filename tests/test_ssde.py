@@ -599,7 +599,7 @@ class Point(gym.Env):
 
 def patch_toy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ssde, "make_env", Point)
-    patch.setattr(ssde, "env_sizes", lambda task: (4, 2))
+    patch.setattr(ssde, "env_sizes", lambda task, args: (4, 2))
 
 
 @pytest.fixture
