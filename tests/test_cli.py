@@ -259,6 +259,114 @@ def test_bad_checkpoints_give_one_line_with_the_file(tmp_path, damage, mmap):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": "abc"}, "--lr abc: must be of type float"),
+        ({"seed": 2.5}, "--seed 2.5: must be of type int"),
+        ({"size": ["base"]}, r"--size \['base'\]: must be one of"),
+        ({"share": 7}, "--share 7: must be at least 0 and at most 1"),
+        ({"steps": -1}, "--steps -1: must be at least 1"),
+        ({"quiet": "yes"}, "--quiet yes: must be of type bool"),
+        ({"run_dir": {}}, "--run-dir {}: must be of type str"),
+        ({"lr": None}, "--lr None: must be of type float"),
+        ({"checkpoint_every": 1e400}, "--checkpoint-every inf: must be of type int"),
+    ],
+)
+def test_stored_arguments_are_checked_as_typed_ones_are(tmp_path, change, message):
+    path = run_folder(tmp_path / "run") / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"args": config["args"] | change}))
+    for name in ("resume", "evaluate"):
+        with pytest.raises(ArgumentError, match=rf"^\S+config\.json: {message}[^\n]*$"):
+            cli.prepare(Args(**{name: str(tmp_path / "run")}), "test_cli")
+    with pytest.raises(ArgumentError, match=r"config\.json: --"):  # before the parser takes it for a default
+        cli.parse_args(Args, PRESETS, ["--resume", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "[1, 2]", "5", "null", "", "{", "\x00", '{"a": 1}}']
+)
+def test_a_text_that_holds_no_json_object_is_a_value_error(text, tmp_path):
+    with pytest.raises(ValueError, match=r"."):
+        cli.read_json(text)
+    (run_folder(tmp_path / "run") / "config.json").write_text(text)
+    with pytest.raises(ArgumentError, match=r"run: no readable run here \(config\.json: \w+\)$"):
+        cli.stored_args(str(tmp_path / "run"), Args)
+
+
+@pytest.mark.parametrize("swapped", ["config.json", "checkpoint.pt"])
+def test_files_of_two_runs_are_no_run(tmp_path, swapped):
+    one, other = run_folder(tmp_path / "one", seed=5), run_folder(tmp_path / "other", seed=6, share=0.5)
+    (one / swapped).write_bytes((other / swapped).read_bytes())
+    values = "[56] and not [56]"
+    with pytest.raises(
+        ArgumentError, match=rf"checkpoint\.pt: not of the run of config\.json, which has --seed {values}$"
+    ):
+        cli.prepare(Args(resume=str(one)), "test_cli")
+    with pytest.raises(ArgumentError, match=r"not of the run of config\.json"):
+        cli.load_run(str(one), Args, "test_cli")
+    cli.release()
+
+
+def test_what_a_run_shows_may_differ_and_a_played_run_shows_nothing(tmp_path):
+    run = str(run_folder(tmp_path / "run", quiet=True))
+    cli.prepare(Args(resume=run, quiet=False, checkpoint_every=7), "test_cli")
+    cli.release()
+    args, _ = cli.load_run(run, Args, "test_cli")
+    assert args.quiet and not args.capture_video
+
+
+@pytest.mark.parametrize("error", [KeyError("actor"), RuntimeError("size\nmismatch"), TypeError("a"), IndexError("b")])
+def test_a_policy_that_does_not_fit_is_one_line_with_the_file(error):
+    @cli.loader
+    def load(run_dir, task=0):
+        raise error
+
+    with pytest.raises(ArgumentError, match=rf"^a/checkpoint\.pt: does not fit \({type(error).__name__}: [^\n]+\)$"):
+        load("a", task=1)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def built(width: int, rows: int) -> list:
+    """A small agent: a hidden layer of two experts, an output, a replay buffer; 4 bytes a number."""
+    weight = torch.nn.Parameter(torch.empty(2, 3, width))
+    return [torch.nn.Linear(width, 5), weight, torch.zeros(rows, 7)]
+
+
+@pytest.mark.parametrize(("width", "rows", "batch"), [(6, 100, 10), (50, 1, 1), (1, 1000, 1), (2, 3, 500)])
+def test_memory_is_the_sum_of_what_is_asked_for(width, rows, batch, monkeypatch):
+    networks = 4 * 4 * (5 * width + 5 + 2 * 3 * width)
+    needed = networks + 4 * batch * (5 + 2 * width) + 4 * rows * 7
+    monkeypatch.setattr(cli, "available_memory", lambda device: needed)
+    torch.manual_seed(0)
+    with cli.Memory(torch.device("cpu"), batch):
+        layer, _, replay = built(width, rows)
+    assert replay.device.type == "cpu" and not replay.any()
+    torch.manual_seed(0)
+    assert torch.equal(layer.weight, torch.nn.Linear(width, 5).weight), "nothing is drawn for the count"
+    monkeypatch.setattr(cli, "available_memory", lambda device: needed - 1)
+    message = r"^memory: needs at least .* GB for a batch, .*; \S+ GB are free \(cpu\)$"
+    with pytest.raises(ArgumentError, match=message), cli.Memory(torch.device("cpu"), batch):
+        built(width, rows)
+
+
+@pytest.mark.parametrize("sizes", [(10**7, 10**7), (2**40, 2**30), (2**52, 2**52)])
+def test_what_no_machine_holds_is_refused_before_it_is_asked_for(sizes):
+    for make in (torch.nn.Linear, torch.zeros):
+        with pytest.raises(ArgumentError, match=r"^memory: [^\n]+$"), cli.Memory(torch.device("cpu"), 1):
+            make(*sizes)
+
+
+def test_memory_that_cannot_be_measured_is_not_checked(monkeypatch):
+    assert cli.available_memory(torch.device("cpu")) > 2**20
+    monkeypatch.setattr(cli, "available_memory", lambda device: None)
+    with cli.Memory(torch.device("cpu"), 2**50):
+        torch.zeros(2, 3)
+
+
 @pytest.mark.parametrize("mmap", [False, True])
 def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path, mmap):
     path, generator = tmp_path / "checkpoint.pt", np.random.default_rng(0)

@@ -64,13 +64,17 @@ def test_similarity_of_the_ten_continual_world_sentences():
 
 def test_sentences_of_a_file_replace_the_built_in_ones(tmp_path):
     file = tmp_path / "sentences.json"
-    file.write_text(json.dumps({"push": "Push it.", "reach-v3": "Get there."}))
+    file.write_text(json.dumps({" PUSH ": "Push it.", "Reach-V3": "Get there."}))
     tasks = ["hammer-v3", "reach-v3", "push-v3"]
     assert task_sentences(tasks, str(file)) == ["Hammer a screw on the wall.", "Get there.", "Push it."]
     assert task_sentences(tasks, None) == [TASK_DESCRIPTIONS[task] for task in tasks]
 
 
-@pytest.mark.parametrize("text", ['{"hammer": 5}', "[]", "{", '{"hamer": "x"}', "\xff", None])
+BAD_FILES = ['{"hammer": 5}', "[]", "{", '{"hamer": "x"}', "\xff", None, "[" * 100_000, '{"a":' * 100_000]
+BAD_FILES += [r'{"hammer": "half of \ud83d"}', r'{"hamm\udc00er": "Hammer."}', '{"hammer": null}']
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
 def test_a_file_that_holds_no_sentences_is_one_line(tmp_path, text):
     file = tmp_path / "sentences.json"
     if text is not None:
@@ -78,6 +82,13 @@ def test_a_file_that_holds_no_sentences_is_one_line(tmp_path, text):
     with pytest.raises(
         ArgumentError, match=r"^--task-descriptions .*sentences\.json: need JSON \{task: sentence\} [^\n]*$"
     ):
+        task_sentences(["hammer-v3"], str(file))
+
+
+def test_an_unknown_task_of_a_file_names_the_nearest(tmp_path):
+    file = tmp_path / "sentences.json"
+    file.write_text('{"WINDO-CLOSE": "Close it."}')
+    with pytest.raises(ArgumentError, match="unknown task 'WINDO-CLOSE'; nearest known: window-close-v3"):
         task_sentences(["hammer-v3"], str(file))
 
 

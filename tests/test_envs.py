@@ -1,13 +1,17 @@
 """Environments: bit-identity with Meta-World, seeding, exact resume, episode ends, actions, names, rendering."""
 
+import ctypes
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import gymnasium as gym
 import metaworld.env_dict
@@ -445,6 +449,128 @@ def test_an_environment_is_made_as_gymnasium_writes_it(monkeypatch, tmp_path):
         assert "\n" not in str(error.value)
 
 
+@dataclass
+class Script:
+    """Arguments of a script."""
+
+    env_kwargs: str = ""
+    max_episode_steps: int | None = None
+    capture_video: bool = False
+    quiet: bool = False
+
+
+def test_constructor_arguments_come_from_json():
+    options = envs.env_options(Script(env_kwargs='{"g": 3.5}', max_episode_steps=7))
+    assert options == {"env_kwargs": {"g": 3.5}, "max_episode_steps": 7}
+    env = make_env("Pendulum-v1", **options)
+    env.reset(seed=0)
+    assert env.unwrapped.g == 3.5 and [env.step(np.zeros(1))[3] for _ in range(7)] == [False] * 6 + [True]
+    assert envs.env_options(Script()) == {"env_kwargs": {}, "max_episode_steps": None}
+    assert envs.env_sizes("Ant-v5", Script(env_kwargs='{"include_cfrc_ext_in_observation": false}')) == (27, 8)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "5", "gravity=3", "null", '"a"', "[" * 100_000, "{'g': 3}"])
+def test_constructor_arguments_that_are_no_json_object_are_refused(text):
+    with pytest.raises(
+        ArgumentError, match=r"^--env-kwargs [^\n]{,100}: must be a JSON object, \{name: value\} \([^\n]+\)$"
+    ):
+        envs.env_sizes("Pendulum-v1", Script(env_kwargs=text))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "text", "message"),
+    [
+        ("Pendulum-v1", '{"gravty": 3}', "TypeError: .*gravty"),
+        ("Pendulum-v1", '{"max_episode_steps": 3}', "TypeError: .*multiple values"),
+        ("HalfCheetah-v5", '{"xml_file": "/no/such.xml"}', r"'HalfCheetah-v5' cannot be made: .*such\.xml"),
+        ("Push", '{"seed": 3}', "'push-v3' takes none, only Gymnasium's environments do"),
+        ("dmc/cheetah-run", '{"seed": 3}', "'dmc/cheetah-run' takes none"),
+    ],
+)
+def test_constructor_arguments_that_do_not_fit_are_one_line(env_id, text, message):
+    with pytest.raises(ArgumentError, match=rf"^--env-id {env_id}: [^\n]*{message}[^\n]*$"):
+        envs.env_sizes(env_id, Script(env_kwargs=text))
+
+
+def test_an_environment_without_a_limit_is_told(monkeypatch, capsys):
+    env_id = registered(monkeypatch, lambda: Own(SMALL))
+    assert envs.env_sizes(env_id, Script()) == (2, 2)
+    line = "Own-v0 has no limit of its own: episodes are cut after 10,000 steps (--max-episode-steps)\n"
+    assert capsys.readouterr().out == line
+    for args in (Script(quiet=True), Script(max_episode_steps=50), None):
+        envs.env_sizes(env_id, args)
+    envs.env_sizes(registered(monkeypatch, lambda: Own(SMALL), max_episode_steps=3), Script())
+    envs.env_sizes("Pendulum-v1", Script())
+    assert capsys.readouterr().out == ""
+
+
+class Drawn(gym.Env):
+    """Gives `frame`, or raises it."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+    observation_space = action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, frame, render_mode=None):
+        self.frame, self.render_mode = frame, render_mode
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def render(self):
+        if isinstance(self.frame, Exception):
+            raise self.frame
+        return self.frame
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (gym.error.DependencyNotInstalled("pygame is not installed, run `pip install pygame`"), "pip install pygame"),
+        (ImportError("Cannot initialize a headless\nEGL display."), "ImportError: Cannot initialize a headless EGL"),
+        (ctypes.ArgumentError("no context"), "no context"),
+        (None, "gives no picture"),
+        ("+---+", "gives no picture"),
+        (np.zeros((8, 8)), "gives no picture"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_training(monkeypatch, frame, message):
+    env_id = registered(monkeypatch, lambda render_mode=None: Drawn(frame, render_mode))
+    envs.env_sizes(env_id, Script())
+    with pytest.raises(
+        ArgumentError, match=rf"^--capture-video: {env_id} cannot be drawn \(\w*[^\n]*{message}"
+    ) as error:
+        envs.env_sizes(env_id, Script(capture_video=True))
+    assert "\n" not in str(error.value) and "MUJOCO_GL=egl" in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"metadata": {"render_modes": ["ansi"]}}])
+def test_an_environment_that_draws_in_no_way_or_another_is_refused(monkeypatch, options):
+    for name, value in options.items():
+        monkeypatch.setattr(Own, name, value)
+    env_id = registered(monkeypatch, lambda: Own(SMALL), max_episode_steps=9)
+    with pytest.raises(ArgumentError, match=rf"^--capture-video: {env_id} cannot be drawn \([^\n]*$"):
+        envs.env_sizes(env_id, Script(capture_video=True))
+
+
+def test_what_can_be_drawn_is_not_refused(monkeypatch):
+    frame = np.zeros((8, 8, 3), np.uint8)
+    env_id = registered(monkeypatch, lambda render_mode=None: Drawn(frame, render_mode))
+    assert envs.env_sizes(env_id, Script(capture_video=True)) == (1, 1)
+
+
+@pytest.mark.parametrize("script", ["neuroplastic_expansion", "mst_rigl", "nbsp"])
+def test_a_display_that_is_gone_is_one_line_and_leaves_no_folder(script, tmp_path):
+    environment = os.environ | {"DISPLAY": ":99"}
+    environment.pop("MUJOCO_GL", None)  # GLFW is MuJoCo's choice where there is a display
+    words = ["--capture-video", "--run-dir", str(tmp_path / "run")]
+    words += [] if script == "nbsp" else ["--env-id", "Hopper-v5"]
+    command = [sys.executable, str(Path(__file__).parents[1] / f"{script}.py"), *words]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 2 and run.stdout == "", run.stderr
+    assert re.fullmatch(r"error: --capture-video: \S+ cannot be drawn .*MUJOCO_GL=egl.*\n", run.stderr), run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nothing_that_is_not_finite_enters(monkeypatch, bad):
     env = make_env(registered(monkeypatch, lambda: Own(SMALL, reward=bad)), action_repeat=2)
@@ -514,7 +640,33 @@ def test_descriptions_are_complete_and_distinct():
 @given(st.lists(st.tuples(st.sampled_from(MT50), st.booleans(), st.sampled_from(["", " "])), min_size=1))
 def test_task_sequence_of_a_list(entries):
     spec = ",".join(space + (task if full else task.removesuffix("-v3")) + space for task, full, space in entries)
+    assert envs.task_sequence(spec.upper()) == envs.task_sequence(spec.title())
     assert envs.task_sequence(spec) == [task for task, _, _ in entries]
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        (" Reach-WALL ", "reach-wall-v3"),
+        ("button-press-V3", "button-press-v3"),
+        (" halfcheetah-V5", "HalfCheetah-v5"),
+        ("DMC/Humanoid_cmu-run ", "dmc/humanoid_CMU-run"),
+        ("dmc/humanoid_CMU-run", "dmc/humanoid_CMU-run"),
+        ("no_module:Their-v0", "no_module:Their-v0"),
+        ("dmc/Cheetah-rum", "dmc/Cheetah-rum"),
+    ],
+)
+def test_an_environments_name_in_any_case_with_spaces(typed, name):
+    assert envs.canonical(typed) == name
+
+
+@pytest.mark.parametrize(
+    ("typed", "nearest"),
+    [("HALFCHEETA-V5", "HalfCheetah-v5"), ("DMC/CHEETAH-RUM", "dmc/cheetah-run"), ("HAMER", "hammer-v3")],
+)
+def test_a_name_that_is_nearly_right_names_the_nearest_whatever_its_case(typed, nearest):
+    with pytest.raises(ArgumentError, match=f"--env-id {typed}: .*nearest known: {nearest}"):
+        envs.env_sizes(typed)
 
 
 @given(st.lists(st.sampled_from([*TASK_SEQUENCES, "reach", "push-v3"]), min_size=1, max_size=4))
@@ -536,6 +688,8 @@ def test_task_sequence_of_any_text_is_known_tasks_or_one_line(text):
     [
         ("hamer", "'hamer'.*hammer-v3"),
         ("cw11", "'cw11'.*cw10"),
+        ("CW11, Reach", "'CW11'.*cw10"),
+        ("DRAWER-OPNE", "'DRAWER-OPNE'.*drawer-open-v3"),
         ("push,windo-close", "'windo-close'.*window-close-v3"),
         ("hammer-v2", "'hammer-v2'.*hammer-v3"),
         ("", "empty"),

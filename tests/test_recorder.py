@@ -279,6 +279,108 @@ def test_what_a_learned_agent_does_next_is_the_same_after_a_checkpoint(tmp_path)
     assert torch.equal(first.network.weight, second.network.weight) and torch.equal(first.log_alpha, second.log_alpha)
 
 
+def changed(state: dict, path: tuple, value) -> dict:
+    """`state` with another value at the end of the path; `del`: without it."""
+    place = state
+    for key in path[:-1]:
+        place = place[key]
+    if value == "del":
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("network", "weight"), torch.zeros(2, 4), r"state\.network: RuntimeError: .*size mismatch for weight"),
+        (("network", "weight"), "del", r"state\.network: RuntimeError: .*Missing key.*weight"),
+        (("network",), [1], r"state\.network: TypeError"),
+        (("log_alpha",), torch.zeros(2), r"state\.log_alpha: ValueError: \(2,\) torch.float32 instead of \(\)"),
+        (("log_alpha",), torch.zeros((), dtype=torch.int64), r"state\.log_alpha: ValueError: \(\) torch.int64"),
+        (("log_alpha",), 0.5, r"state\.log_alpha: float instead of Tensor"),
+        (("tensors", "masks", 1), torch.zeros(4), r"state\.tensors\.masks\.1: ValueError: \(4,\)"),
+        (("tensors", "masks"), {}, r"state\.tensors\.masks: dict instead of list"),
+        (("tensors", "scores"), "del", r"state\.tensors: has no scores"),
+        (("optimizer", "state", 0, "exp_avg"), torch.zeros(3), r"state\.optimizer: ValueError: exp_avg \(3,\) of a"),
+        (("optimizer", "param_groups"), [], r"state\.optimizer: ValueError"),
+        (("optimizer", "state"), "del", r"state\.optimizer: has no state"),
+        (("generator",), torch.zeros(3), r"state\.generator: \w+Error"),
+        (("count",), "many", r"state\.count: str instead of int"),
+        (("words",), None, r"state\.words: NoneType instead of list"),
+        (("inner",), "del", r"state: KeyError: 'inner'"),
+    ],
+)
+def test_a_state_that_does_not_fit_names_the_place(path, value, message):
+    agent = Agent(1)
+    agent.learn()
+    with pytest.raises(rec.StateError, match=rf"^{message}[^\n]*$"):
+        rec.restored(Agent(2), changed(rec.state_of(agent), path, value), CPU)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("agent", "log_alpha"), torch.zeros(2), r"does not fit: state\.log_alpha"),
+        (("record", "rows", 0, "task"), "del", r"does not fit: record\.rows: has no task"),
+        (("record", "rows"), [5], r"does not fit: record\.rows: "),
+        (("record", "curves"), [], r"does not fit: record\.curves: list instead of dict"),
+        (("record", "seconds"), "long", r"does not fit: record\.seconds: str"),
+        (("record", "events"), "del", r"does not fit: record: has no events"),
+        (("random", "cpu"), torch.zeros(5, dtype=torch.uint8), r"does not fit: random: "),
+        (("random", "cuda"), "del", r"does not fit: random: "),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_line_with_the_file(path, value, message, tmp_path):
+    run_dir = tmp_path / "run"
+    recorder = new_recorder(run_dir)
+    evaluate(recorder, 10)
+    recorder.save(10, Agent(1), {"step": 10})
+    recorder.close()
+    checkpoint = changed(load_checkpoint(str(run_dir), "script"), path, value)
+
+    @rec.recorded
+    def main(args):
+        agent = rec.restored(Agent(2), checkpoint["agent"], CPU)
+        new_recorder(run_dir, checkpoint, resume=args.resume).begin(agent, {}, checkpoint, {})
+
+    with pytest.raises(ArgumentError, match=rf"^{re.escape(str(run_dir))}/checkpoint\.pt: {message}[^\n]*$"):
+        main(Args(resume=str(run_dir)))
+    assert rec.OPEN == [] and cli.HELD == []
+
+
+RESULTS_DAMAGE = {
+    "not json": b"{'a'",
+    "no text": b"\xff\xfe{}",
+    "brackets": b"[" * 100_000,
+    "a list": b"[]",
+    "another script": {"script": "other"},
+    "a number": {"metrics": 5},
+    "no tasks": {"tasks": None},
+    "a task without a return": {"tasks": [{"index": 0, "name": "a", "final_success": None}]},
+    "a success in words": {"tasks": [{"index": 0, "name": "a", "final_return": 1.0, "final_success": "yes"}]},
+    "a task that is none": {"tasks": ["a"]},
+}
+
+
+@pytest.mark.parametrize("damage", RESULTS_DAMAGE)
+def test_results_that_are_damaged_are_one_line(damage, tmp_path):
+    run_dir, agent = tmp_path / "run", Agent(1)
+    recorder = new_recorder(run_dir)
+    evaluate(recorder, 10)
+    recorder.save(10, agent, {"step": 10})
+    results, path = recorder.finish(10, {"score": 0.5}, {}), run_dir / "results.json"
+    new = RESULTS_DAMAGE[damage]
+    path.write_bytes(new if isinstance(new, bytes) else json.dumps(json.loads(path.read_text()) | new).encode())
+    with pytest.raises(ArgumentError, match=r"results\.json: damaged, or not of script\.py \([^\n]+--resume without"):
+        new_recorder(run_dir, load_checkpoint(str(run_dir), "script"), resume=str(run_dir))
+    cli.release()
+    path.unlink()  # as the line says
+    again = new_recorder(run_dir, load_checkpoint(str(run_dir), "script"), resume=str(run_dir))
+    assert again.finish(10, {"score": 0.5}, {})["tasks"] == results["tasks"] and path.is_file()
+
+
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     run_dir, agent = tmp_path / "run", Agent(1)
     first = new_recorder(run_dir)

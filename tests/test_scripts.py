@@ -1,11 +1,14 @@
 """What holds for all five scripts: the commands of README and pages, their shape, their vocabulary."""
 
 import ast
+import csv
 import dataclasses
 import re
 import subprocess
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 
 import mst_rigl
@@ -96,6 +99,64 @@ def test_flags_of_one_name_have_one_meaning_and_old_dialects_are_gone():
         fields = {field.name for field in dataclasses.fields(script.Args)}
         assert not fields & replaced and not {field for field in fields if field.endswith("_interval")}, name
         assert {"seed", "resume", "evaluate", "episodes", "run_dir", "device", "quick", "capture_video"} <= fields, name
+
+
+LARGE = {  # what each script refuses before it makes a folder: more than a machine holds, or can build in seconds
+    "ssde": [
+        "--hidden-dim 300000",
+        "--method finetune --critic-hidden-dim 300000",
+        "--batch-size 9000000000",
+        "--hidden-layers 101",
+    ],
+    "nbsp": ["--hidden-dim 300000", "--previous-buffer-size 90000000000", "--cycles 1000000000000"],
+    "neuroplastic_expansion": [
+        "--env-id Hopper-v5 --hidden-dim 300000",
+        "--env-id Hopper-v5 --buffer-size 90000000000 --steps-per-task 90000000000",
+        "--env-id Hopper-v5 --batch-size 9000000000000",
+        "--task-seq Hopper-v5 --cycles 1001",
+    ],
+    "mst_rigl": [f"--env-id Hopper-v5 {words}" for words in ("--width-scale 9e9", "--buffer-size 90000000000")]
+    + ["--depth-scale 1000000000000", "--env-id Hopper-v5 --batch-size 9000000000000"],
+    "sparse_mtrl_gmp_set": ["--hidden-dim 300000", "--arch moe --experts 9000000000", "--batch-per-task 9000000000"],
+}
+
+
+@pytest.mark.parametrize(("name", "words"), [(name, words) for name, cases in LARGE.items() for words in cases])
+def test_what_is_too_large_is_one_line_and_leaves_no_folder(name, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *words.split(), "--run-dir", str(tmp_path / "run")])
+    monkeypatch.setattr(cli, "available_memory", lambda device: 256 * 2**30)  # of a large machine
+    with pytest.raises(SystemExit) as leaving:
+        cli.run(SCRIPTS[name].main, SCRIPTS[name].Args, SCRIPTS[name].PRESETS)
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 2 and out == "" and not (tmp_path / "run").exists()
+    assert re.fullmatch(r"error: (memory: [^\n]+|--\S+ \d+: must be at least 1 and at most \d+)\n", err), err
+
+
+@pytest.mark.parametrize("name", ["neuroplastic_expansion", "mst_rigl"])
+def test_environment_arguments_and_step_limit_hold_in_training_and_evaluation(name, tmp_path, monkeypatch):
+    script, made, true_make = SCRIPTS[name], [], gym.make
+
+    def make(env_id, **options):
+        made.append((options["max_episode_steps"], options.get("reset_noise_scale")))
+        return true_make(env_id, **options)
+
+    monkeypatch.setattr(gym, "make", make)
+    tiny = {"learning_starts": 60, "eval_every": 60, "eval_episodes": 1, "batch_size": 4, "quiet": True}
+    tiny |= {"hidden_dim": 8, "steps_per_task": 90} if name == "neuroplastic_expansion" else {"total_steps": 90}
+    tiny |= {} if name == "neuroplastic_expansion" else {"width_scale": 1 / 64, "target_update_every": 2}
+    tiny |= {"method": "td3"} if name == "neuroplastic_expansion" else {"preset": "mrq"}
+    tiny |= {"env_id": " inverteddoublependulum-V5", "max_episode_steps": 9, "env_kwargs": '{"reset_noise_scale": 0}'}
+    run_dir = str(tmp_path / "run")
+    script.main(script.Args(**tiny, run_dir=run_dir))
+    with open(tmp_path / "run/evaluations.csv", newline="") as file:
+        lengths = {float(row["episode_length"]) for row in csv.DictReader(file)}
+    trained = len(made)
+    assert trained == 4 and max(lengths) <= 9  # sizes, training, two evaluations
+    policy = script.load_policy(run_dir)
+    assert policy(np.zeros(9)).shape == (1,)
+    script.main(script.Args(evaluate=run_dir, episodes=1, quiet=True))
+    script.main(script.Args(resume=run_dir, quiet=True))
+    assert len(made) > trained + 1 and set(made) == {(9, 0)}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -5,6 +5,7 @@ Its block in other people's networks and loops: tests/transplants/test_ssde.py.
 
 import copy
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -906,12 +907,26 @@ def test_it_learns_and_forgets_nothing(tmp_path, monkeypatch):
     assert min(final["ssde"]) > 0.8 and final["finetune"][0] < 0.5 and final["finetune"][1] > 0.8
 
 
+REFERENCE_DAMAGE = [  # what of a sound config.json makes the damaged files, what is said
+    (lambda config: {"config.json": json.dumps(config | {"script": "nbsp"})}, r"the run of nbsp\.py, not of ssde\.py"),
+    (lambda config: {"config.json": json.dumps(config | {"format": 1})}, "a run of another version"),
+    (
+        lambda config: {"config.json": json.dumps(config | {"args": {"eval_every": "40"}})},
+        "--eval-every 40: must be of",
+    ),
+    (lambda config: {"config.json": "[" * 100_000}, "no readable run here"),
+    (lambda config: {"config.json": json.dumps(config), "evaluations.csv": "a,b\n1,2\n"}, "evaluations.csv cannot be"),
+    (lambda config: {"evaluations.csv": "phase,task,task_index,success\n0,reach-v3,0,\n"}, "evaluations.csv cannot be"),
+]
+
+
 def test_forward_transfer_from_a_reference_run(toy, tmp_path):
     for name, changes in {"unfinished": {}, "wrong method": {"method": "ssde"}}.items():
         folder = tmp_path / name
         folder.mkdir()
-        stored = {"steps_per_task": 90, "eval_every": 40, "reward_version": "v2", "method": "scratch"} | changes
-        (folder / "config.json").write_text(json.dumps({"args": stored}))
+        stored = dataclasses.asdict(Args(**toy)) | {"method": "scratch"} | changes
+        config = {"script": "ssde", "format": cli.FORMAT, "args": stored}
+        (folder / "config.json").write_text(json.dumps(config))
         # the reference counts where a task is trained (phase = task_index) and nowhere else
         rows = ["0,reach-v3,0,0.2", "0,reach-v3,0,0.6", "1,reach-v3,0,0.9", "1,push-v3,1,0.5"]
         (folder / "evaluations.csv").write_text("\n".join(["phase,task,task_index,success", *rows]))
@@ -920,6 +935,11 @@ def test_forward_transfer_from_a_reference_run(toy, tmp_path):
     (tmp_path / "unfinished" / "results.json").write_text("{}")
     reference = reference_auc(str(tmp_path / "unfinished"), Args(**toy), ["push-v3", "reach-v3"])
     assert reference == pytest.approx({"reach-v3": 0.4, "push-v3": 0.5})
+    for change, message in REFERENCE_DAMAGE:
+        for name, text in change(config).items():
+            (tmp_path / "wrong method" / name).write_text(text)
+        with pytest.raises(ArgumentError, match=rf"^--reference \S*wrong method.*{message}[^\n]*$"):
+            reference_auc(str(tmp_path / "wrong method"), Args(**toy), ["reach-v3"])
     short = toy | {"task_seq": "reach,drawer-close", "distill_steps": 5}
     reference = ssde.main(Args(**(short | {"method": "scratch"}), run_dir=str(tmp_path / "reference")))
     results = ssde.main(Args(**short, run_dir=str(tmp_path / "run"), reference=str(tmp_path / "reference")))
