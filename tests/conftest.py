@@ -1,15 +1,33 @@
-"""What tests share: the process's settings in every test, and the logged metrics by their literal definitions."""
+"""What tests share: the process's settings, logged metrics by their literal definitions, agents without a task."""
 
+import contextlib
 import copy
 import functools
+import io
 import math
 import os
 
 import mujoco
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # runs repeat byte by byte on a CPU
+import mst_rigl
+import nbsp
+import neuroplastic_expansion as ne
+import sparse_mtrl_gmp_set as gmp_set
+import ssde
+from common import capture
+from common.descriptions import TASK_DESCRIPTIONS, encode_tasks
+from common.recorder import restored, state_of
+
+
+def pytest_configure(config):
+    """Runs repeat byte by byte on a CPU: only `pytest tests/test_cuda.py` by itself sees a GPU."""
+    if not all("test_cuda" in path for path in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +74,323 @@ def assert_plasticity():
         assert logged("grad_norm") == pytest.approx(norm, rel=1e-4)
 
     return check
+
+
+# ---------------------------------------------------------------- agents that learn from made-up transitions: `learner`
+
+OBS_DIM, ACT_DIM = 6, 2
+NBSP = {"hidden_dim": 32, "batch_size": 16, "buffer_size": 90, "previous_buffer_size": 60, "replay_every": 3}
+SSDE = {"hidden_dim": 24, "hidden_layers": 2, "critic_hidden_dim": 16, "lambda_global": 0.05, "reset_every": 8}
+SSDE |= {"lambda_local": 0.05, "batch_size": 16, "buffer_size": 90, "distill_steps": 9, "dormant_threshold": 0.9}
+NE = {"hidden_dim": 16, "batch_size": 16, "buffer_size": 90, "topology_every": 8, "review_every": 5}
+NE |= {"dormant_threshold": 0.3, "review_threshold": 0.5}
+MST = {"total_steps": 100, "learning_starts": 20, "buffer_size": 90, "batch_size": 16, "width_scale": 1 / 32}
+MST |= {"target_update_every": 10, "rigl_every": 7}
+GMP_SET = {"benchmark": "reach,push", "total_steps": 160, "learning_starts": 40, "hidden_dim": 16}
+GMP_SET |= {"hidden_layers": 2, "experts": 2, "buffer_size": 180, "batch_per_task": 8, "sparsity": 0.8}
+GMP_SET |= {"prune_every": 5, "evolve_every": 5, "redo_every": 6, "reset_every": 20}
+
+
+class Learner:
+    """An agent of a script with tiny networks. `step` does what the script's loop does in a step of its environment.
+
+    graphs: how many graphs a function should have been captured as, after `border` in the middle of a run.
+    """
+
+    def __init__(self, arguments: dict, graphs: dict, device: torch.device, cuda_graph: bool):
+        self.device, self.graphs = device, {"play": 1} | graphs
+        self.args = self.script.Args(**(self.small | arguments), cuda_graph=cuda_graph)
+        torch.manual_seed(0)
+        self.rng, self.steps, self.borders = np.random.default_rng(0), 0, 0
+        self.agent = self.build()
+        self.fill()
+
+    def fill(self) -> None:
+        for _ in range(20):
+            self.add(self.uniform(), self.normal())
+
+    def normal(self, *shape: int) -> np.ndarray:
+        return self.rng.standard_normal((*shape, OBS_DIM)).astype(np.float32)
+
+    def uniform(self) -> np.ndarray:
+        return self.rng.uniform(-1, 1, ACT_DIM).astype(np.float32)
+
+    def add(self, action: np.ndarray, obs: np.ndarray, **more) -> None:
+        transition = {"obs": obs, "next_obs": self.normal(), "action": action, "reward": float(self.rng.normal())}
+        self.agent.replay.add(**transition, **more)
+
+    def step(self) -> None:
+        self.steps += 1
+        obs = self.normal()
+        self.add(self.agent.explore(obs), obs)
+        self.update()
+
+    def resumed(self, other: "Learner") -> None:
+        """Go on where `other` is, through the bytes of a checkpoint."""
+        file = io.BytesIO()
+        torch.save(state_of(other.agent), file)
+        file.seek(0)
+        self.load(torch.load(file, map_location="cpu", weights_only=True))
+        self.rng, self.steps, self.borders = copy.deepcopy(other.rng), other.steps, other.borders
+
+    def load(self, state: dict) -> None:
+        restored(self.agent, state, self.device)
+
+
+class Nbsp(Learner):
+    script = nbsp
+    small = NBSP
+
+    def build(self) -> nbsp.Agent:
+        return nbsp.Agent(self.args, OBS_DIM, ACT_DIM, self.device)
+
+    def update(self) -> None:
+        self.agent.update()
+
+    def border(self) -> None:
+        rollout = {"obs": self.normal(40), "action": self.rng.uniform(-1, 1, (40, ACT_DIM)).astype(np.float32)}
+        rollout = {name: torch.from_numpy(column).to(self.device) for name, column in rollout.items()}
+        self.agent.end_task(self.borders % 2, rollout, torch.from_numpy(self.rng.random(40)).to(self.device))
+        self.borders += 1
+        self.fill()
+
+
+class Ssde(Learner):
+    script = ssde
+    small = SSDE
+
+    def build(self) -> ssde.Agent:
+        sentences = encode_tasks([TASK_DESCRIPTIONS[f"{task}-v3"] for task in ("reach", "push", "hammer")], "bundled")
+        agent = ssde.Agent(self.args, sentences, OBS_DIM, ACT_DIM, self.device)
+        agent.begin_task()
+        return agent
+
+    def update(self) -> None:
+        self.agent.update(logged=self.steps % 25 == 0)
+        if self.agent.dormant and self.agent.dormant.due(self.steps):
+            self.agent.reset_dormant()
+
+    def border(self) -> None:
+        self.agent.end_task()
+        self.agent.begin_task()
+        while self.agent.distilled < self.args.distill_steps:
+            self.agent.distill()
+        self.borders += 1
+        self.fill()
+
+    def load(self, state: dict) -> None:
+        self.agent.load(state)
+
+
+class Expansion(Learner):
+    script = ne
+    small = NE
+
+    def build(self) -> ne.Agent:
+        return ne.Agent(self.args, OBS_DIM, ACT_DIM, 60, self.device)
+
+    def add(self, action: np.ndarray, obs: np.ndarray) -> None:
+        super().add(action, obs, terminated=float(self.rng.random() < 0.1))
+
+    def update(self) -> None:
+        self.agent.update(logged=self.steps % 25 == 0)
+
+    def border(self) -> None:
+        self.agent.replay.added = 0
+        self.fill()
+
+
+class Mst(Learner):
+    script = mst_rigl
+    small = MST
+
+    def build(self) -> mst_rigl.Agent:
+        self.episode_steps = 0
+        return mst_rigl.Agent(self.args, OBS_DIM, ACT_DIM, self.device)
+
+    def add(self, action: np.ndarray, obs: np.ndarray) -> None:
+        """Episodes of 9 steps; after `border` they terminate."""
+        self.episode_steps += 1
+        last = self.episode_steps % 9 == 0
+        ending = (last and self.borders > 0, last and self.borders == 0)
+        self.agent.replay.add(obs, action, float(self.rng.normal()), self.normal(), *ending)
+
+    def update(self) -> None:
+        self.agent.update()
+
+    def border(self) -> None:
+        self.borders += 1
+
+    def resumed(self, other: Learner) -> None:
+        super().resumed(other)
+        self.episode_steps = other.episode_steps
+
+
+class GmpSet(Learner):
+    script = gmp_set
+    small = GMP_SET
+
+    def build(self) -> gmp_set.Agent:
+        return gmp_set.Agent(self.args, 2, OBS_DIM, ACT_DIM, self.device)
+
+    def normal(self, *shape: int) -> np.ndarray:
+        return super().normal(2)
+
+    def uniform(self) -> np.ndarray:
+        return self.rng.uniform(-1, 1, (2, ACT_DIM)).astype(np.float32)
+
+    def add(self, action: np.ndarray, obs: np.ndarray) -> None:
+        reward = self.rng.standard_normal(2).astype(np.float32)
+        self.agent.replay.add(obs=obs, next_obs=self.normal(), action=action, reward=reward)
+
+    def update(self) -> None:
+        self.agent.before_update()
+        self.agent.update()
+        self.agent.after_update()
+
+    def border(self) -> None:
+        """All tasks are learned together."""
+
+
+RIGL = {f"{net}_regime": "rigl" for net in ("encoder", "critic", "actor")}
+MRQ = mst_rigl.PRESETS["preset mrq"]
+LEARNERS = {
+    "nbsp": (Nbsp, {}, {"learn": 4}),
+    "nbsp, gradients masked": (Nbsp, {"mask_target": "gradient", "replay_every": 4, "layer_norm": True}, {"learn": 3}),
+    "nbsp, masks only": (Nbsp, {"method": "mask"}, {"learn": 2}),
+    "nbsp, replay only": (Nbsp, {"method": "replay"}, {"learn": 4}),
+    "sac": (Nbsp, {"method": "sac"}, {"learn": 2}),
+    "ssde": (Ssde, {}, {"play": 2, "learn": 2, "learn_to_explore": 1}),
+    "ssde, fine-tuned": (Ssde, {"method": "finetune"}, {"play": 2, "learn": 2}),
+    "ssde, from scratch": (Ssde, {"method": "scratch", "bounded_mean": True}, {"play": 2, "learn": 2}),
+    "ne": (Expansion, {}, {"learn": 2}),
+    "ne, random growth": (Expansion, {"growth": "random", "prune": "magnitude", "policy_delay": 3}, {"learn": 2}),
+    "ne, static": (Expansion, {"method": "static"}, {"learn": 2}),
+    "td3": (Expansion, {"method": "td3"}, {"learn": 2}),
+    "mst": (Mst, {}, {"update_encoder": 2, "update_critic_and_actor": 1}),
+    "mst, all rigl, bfloat16": (Mst, RIGL | {"bf16": True}, {"update_encoder": 2, "update_critic_and_actor": 1}),
+    "mrq": (Mst, MRQ | {"exploration_noise": 0.0}, {"update_encoder": 2, "update_critic_and_actor": 1}),
+    "gmp": (GmpSet, {"sparsify_critic": True}, {"learn": 1}),
+    "gmp, redo, moore": (GmpSet, {"intervention": "redo", "dormant_threshold": 0.3, "arch": "moore"}, {"learn": 1}),
+    "set, reset": (GmpSet, {"method": "set", "intervention": "reset", "sparsify_critic": True}, {"learn": 1}),
+    "set, weight decay, moe": (GmpSet, {"method": "set", "intervention": "weight-decay", "arch": "moe"}, {"learn": 1}),
+    "dense, layernorm": (GmpSet, {"method": "dense", "intervention": "layernorm"}, {"learn": 1}),
+}
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes `learner`, and does not say which, runs with every script in every variant."""
+    chosen = any("learner" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "learner" in metafunc.fixturenames and not chosen:
+        metafunc.parametrize("learner", LEARNERS, indirect=True)
+
+
+@pytest.fixture
+def learner(request, monkeypatch):
+    """Makes the variant's `Learner`: learner(device, cuda_graph)."""
+    monkeypatch.setattr(nbsp, "LOG_EVERY", 25)
+    kind, arguments, graphs = LEARNERS[request.param]
+    return lambda device, cuda_graph: kind(arguments, graphs, torch.device(device), cuda_graph)
+
+
+# ---------------------------------------------------------------------------------------- CUDA graphs without a GPU
+
+
+def tensors_in(arguments) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+
+
+class Capturable(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: to wait for a value or a shape, to move data between devices."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "unique", "_unique2", "lift_fresh")
+    WAITS += ("unique_consecutive", "unique_dim", "bincount", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function._schema.name.removeprefix("aten::"), kwargs or {}
+        if function.namespace == "profiler":  # optimizers' marks
+            return function(*args, **kwargs)
+        tensors = tensors_in((args, kwargs))
+        assert name not in self.WAITS, f"{name} waits for the device"
+        if name.startswith(("index", "_index", "_unsafe_index")):
+            booleans = [index for index in tensors_in(args[1:2]) if index.dtype == torch.bool]
+            assert not booleans, f"{name} by booleans waits for the device"
+        devices = {tensor.device.type for tensor in tensors}
+        devices |= {torch.device(kwargs["device"]).type} if kwargs.get("device") else set()
+        assert len(devices) == 1, f"{name} moves data between {devices}"
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def capturable():
+    """Of tests that want this mode around their own calls."""
+    return Capturable
+
+
+class FakeGraph:
+    """What torch.cuda.CUDAGraph does, on a CPU: a replay runs the recorded operators on the tensors of then."""
+
+    replays = 0
+
+    def __init__(self):
+        self.calls = []
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        FakeGraph.replays += 1
+        for function, args, kwargs, outputs in self.calls:
+            result = function(*args, **kwargs)
+            for old, new in zip(outputs, tensors_in(result) if outputs else [], strict=True):
+                old.copy_(new)
+
+
+class FakeCapture(Capturable):
+    """What torch.cuda.graph does, on a CPU: records. Afterwards nothing has happened, but to Python."""
+
+    def __init__(self, graph: FakeGraph, capture_error_mode: str = "global"):
+        super().__init__()
+        self.graph, self.before, self.random = graph, [], torch.get_rng_state()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, schema = kwargs or {}, function._schema
+        if function.namespace == "profiler":
+            return function(*args, **kwargs)
+        given = dict(zip([a.name for a in schema.arguments], args, strict=False)) | kwargs
+        written = [given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        self.before += [(tensor, tensor.clone()) for tensor in tensors_in(written)]
+        places = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(given)}
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        outputs = [] if written else tensors_in(result)
+        views = outputs and all(t.untyped_storage().data_ptr() in places for t in outputs)
+        if not views:
+            self.graph.calls.append((function, args, kwargs, outputs))
+        return result
+
+    @torch.no_grad()
+    def __exit__(self, *exception) -> None:
+        super().__exit__(*exception)
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
+        torch.set_rng_state(self.random)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """common.capture uses its graphs though there is no GPU; they are those of this class, which counts replays."""
+    FakeGraph.replays = 0
+
+    class Stream:
+        def wait_stream(self, stream): ...
+        def synchronize(self): ...
+
+    fakes = {"CUDAGraph": FakeGraph, "graph": FakeCapture, "Stream": Stream, "current_stream": Stream}
+    for name, fake in (fakes | {"stream": contextlib.nullcontext}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    true_init = capture.Captured.__init__
+
+    def init(captured, function, device, graphs, schedules=None):
+        true_init(captured, function, torch.device("cuda"), graphs, schedules)
+
+    monkeypatch.setattr(capture.Captured, "__init__", init)
+    return FakeGraph
