@@ -324,13 +324,14 @@ def step(agent: Agent, part: str) -> dict[str, torch.Tensor]:
         agent.updates = 0  # the next update is the first: no actor, no batch of earlier tasks
         agent.update()
     else:
-        loss, _ = agent.actor_loss(agent.actor, agent.critics, agent.log_alpha, agent.replay.recent(32)["obs"])
-        agent.step(agent.actor_optimizer, loss, agent.actor_masks)
+        agent.actor_loss(agent.actor, agent.critics, agent.log_alpha, agent.replay.recent(32)["obs"])
+        agent.step(agent.actor_optimizer, agent.actor_masks)
     return {name: value - before[name] for name, value in parameters(agent).items()}
 
 
 def unmasked(agent: Agent) -> Agent:
-    free = copy.deepcopy(agent)
+    free = Agent(agent.args, OBS_DIM, ACT_DIM, CPU)
+    nbsp.restored(free, copy.deepcopy(state_of(agent)), CPU)
     free.actor_masks = free.critic_masks = []
     return free
 
@@ -592,10 +593,16 @@ def test_losses_are_sacs():
 
 
 def test_compile_compiles_both_losses_and_learns_the_same(monkeypatch):
+    """With their gradients; traced by torch.compile, which needs no compiler of C++ for that."""
     compiled, true_compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: (compiled.append(f), true_compile(f, backend="eager"))[1])
+
+    def compile_in_python(function, **options):
+        compiled.append(options)
+        return true_compile(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_in_python)
     agents = [make_agent(compile=compiles) for compiles in (False, True)]
-    assert compiled == [nbsp.critic_loss, nbsp.actor_loss]
+    assert compiled == [{"fullgraph": True, "dynamic": False}] * 2  # no piece of them stays outside
     for agent in agents:
         fill(agent.replay, 50)
         torch.manual_seed(5)

@@ -802,6 +802,20 @@ def test_the_gradient_norms_are_those_before_the_clip():
         torch.testing.assert_close(seen, expected)
 
 
+def test_compile_compiles_both_losses_and_learns_the_same(monkeypatch):
+    """With their gradients; traced by torch.compile, which needs no compiler of C++ for that."""
+    true_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: true_compile(function, backend="eager", **how))
+    agents = [make_agent(compile=compiles, intervention="layernorm") for compiles in (False, True)]
+    for agent in agents:
+        torch.manual_seed(5)
+        agent.update()
+        agent.update()
+    for plain, compiled in zip(*(agent.networks() for agent in agents), strict=True):
+        for weight, other in zip(plain[1].parameters(), compiled[1].parameters(), strict=True):
+            torch.testing.assert_close(other, weight)
+
+
 # --------------------------------------------------------------------------------------------- whole runs, real tasks
 
 SHORT = TINY | {
@@ -1028,14 +1042,14 @@ def test_other_options_run_to_their_end(tmp_path, monkeypatch, capsys):
         scalars.append((step, name))
         true_add(writer, name, value, step)
 
-    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
     monkeypatch.setattr(SummaryWriter, "add_scalar", add_scalar)
     monkeypatch.setattr(script, "LOG_EVERY", 50)
     options = SHORT | {"compile": True, "intervention": "layernorm", "total_steps": 480}
     options |= {"sparsity": 0.999, "quiet": False}
     with pytest.warns(UserWarning, match="GMP left a layer without connections"):
         results = script.main(Args(**options, run_dir=str(tmp_path / "run")))
-    assert compiled == [script.critic_loss, script.actor_loss] and results["global_step"] == 480
+    assert compiled == [{"fullgraph": True, "dynamic": False}] * 2 and results["global_step"] == 480
     ends = [step for step, name in scalars if name == "charts/episodic_return"]
     assert ends == [75, 150, 225, 300, 375, 450]
     assert len(set(scalars)) == len(scalars)  # no tag has two points at a step

@@ -765,16 +765,27 @@ def test_defaults_are_the_papers():
 
 
 def test_compile_wraps_both_losses(monkeypatch):
-    called = []
+    called, inside = [], []
 
-    def compiled(function):
-        return lambda *arguments: called.append(function) or function(*arguments)
+    def compiled(function, **_):
+        def run(*arguments):
+            inside.append(None)
+            results = function(*arguments)
+            inside.pop()
+            return results
 
+        return run
+
+    def watched(loss):
+        return lambda *arguments: (called.append((loss.__name__, len(inside))), loss(*arguments))[1]
+
+    for loss in (ssde.critic_loss, ssde.actor_loss):
+        monkeypatch.setattr(ssde, loss.__name__, watched(loss))
     monkeypatch.setattr(torch, "compile", compiled)
     agent = trained_agent(compile=True)
     called.clear()
     agent.update()
-    assert agent.losses["critic"].isfinite() and called == [ssde.critic_loss, ssde.actor_loss]
+    assert agent.losses["critic"].isfinite() and called == [("critic_loss", 1), ("actor_loss", 1)]
 
 
 def test_critic_has_normalisation_on_every_hidden_layer_and_two_twins():
