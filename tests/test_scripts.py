@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import gymnasium as gym
+import mtppo_minigrid
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ import nbsp
 import neuroplastic_expansion
 import sparse_mtrl_gmp_set
 import ssde
-from common import cli
+from common import cli, plot, sweep
 from common.cli import ArgumentError
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,25 @@ def test_the_commands_of_readme_and_pages_are_accepted(name, tmp_path, monkeypat
             assert {word for word in words if word.startswith("--")} <= known
         else:
             accepts(SCRIPTS[name], words, monkeypatch)
+
+
+def test_the_sweeps_plots_and_transplants_of_readme_and_pages_are_accepted(tmp_path, monkeypatch):
+    transplant, runs, plots = "tests/transplants/mtppo_minigrid.py", [], 0
+    for words in (words for page in PAGES for words in commands(page, tmp_path)):
+        if words[:2] == ["-m", "common.sweep"]:
+            args = cli.parse_args(sweep.Args, {}, words[2:])
+            runs += sweep.plan(list(args.commands), args.seeds).values()
+        elif words[:2] == ["-m", "common.plot"]:
+            cli.parse_args(plot.Args, {}, words[2:])
+            plots += 1
+        elif words[0] == transplant:
+            runs.append(words)
+    assert plots > 10 and {"nbsp.py", transplant} <= {script for script, *_ in runs}
+    for script, *words in runs:
+        if script == transplant:
+            mtppo_minigrid.parse_args(words)
+        else:
+            accepts(SCRIPTS[script.removesuffix(".py")], words, monkeypatch)
 
 
 def test_every_file_that_a_page_names_is_there():
