@@ -356,6 +356,7 @@ RESULTS_DAMAGE = {
     "brackets": b"[" * 100_000,
     "a list": b"[]",
     "another script": {"script": "other"},
+    "another seed": {"seed": 2},
     "a number": {"metrics": 5},
     "no tasks": {"tasks": None},
     "a task without a return": {"tasks": [{"index": 0, "name": "a", "final_success": None}]},
@@ -373,7 +374,7 @@ def test_results_that_are_damaged_are_one_line(damage, tmp_path):
     results, path = recorder.finish(10, {"score": 0.5}, {}), run_dir / "results.json"
     new = RESULTS_DAMAGE[damage]
     path.write_bytes(new if isinstance(new, bytes) else json.dumps(json.loads(path.read_text()) | new).encode())
-    with pytest.raises(ArgumentError, match=r"results\.json: damaged, or not of script\.py \([^\n]+--resume without"):
+    with pytest.raises(ArgumentError, match=r"results\.json: damaged, or not of this run \([^\n]+--resume without"):
         new_recorder(run_dir, load_checkpoint(str(run_dir), "script"), resume=str(run_dir))
     cli.release()
     path.unlink()  # as the line says
