@@ -6,6 +6,7 @@ import functools
 import io
 import math
 import os
+from types import SimpleNamespace
 
 import mujoco
 import numpy as np
@@ -84,26 +85,46 @@ SSDE = {"hidden_dim": 24, "hidden_layers": 2, "critic_hidden_dim": 16, "lambda_g
 SSDE |= {"lambda_local": 0.05, "batch_size": 16, "buffer_size": 90, "distill_steps": 9, "dormant_threshold": 0.9}
 NE = {"hidden_dim": 16, "batch_size": 16, "buffer_size": 90, "topology_every": 8, "review_every": 5}
 NE |= {"dormant_threshold": 0.3, "review_threshold": 0.5}
-MST = {"total_steps": 100, "learning_starts": 20, "buffer_size": 90, "batch_size": 16, "width_scale": 1 / 32}
-MST |= {"target_update_every": 10, "rigl_every": 7}
-GMP_SET = {"benchmark": "reach,push", "total_steps": 160, "learning_starts": 40, "hidden_dim": 16}
-GMP_SET |= {"hidden_layers": 2, "experts": 2, "buffer_size": 180, "batch_per_task": 8, "sparsity": 0.8}
-GMP_SET |= {"prune_every": 5, "evolve_every": 5, "redo_every": 6, "reset_every": 20}
+MST = {"buffer_size": 90, "batch_size": 16, "width_scale": 1 / 32, "target_update_every": 10, "rigl_every": 7}
+GMP_SET = {"benchmark": "reach,push", "hidden_dim": 16, "hidden_layers": 2, "experts": 2, "buffer_size": 180}
+GMP_SET |= {"batch_per_task": 8, "sparsity": 0.8, "prune_every": 5, "evolve_every": 5, "redo_every": 6}
+GMP_SET |= {"reset_every": 20}
+    "batch_per_task": 8,
+    "sparsity": 0.8,
+    "prune_every": 5,
+    "evolve_every": 5,
+    "redo_every": 6,
+    "reset_every": 20,
+}
 
 
 class Learner:
     """An agent of a script with tiny networks. `step` does what the script's loop does in a step of its environment.
 
-    graphs: how many graphs a function should have been captured as, after `border` in the middle of a run.
+    graphs: how many graphs a function should have been captured as, after a `border` in the middle of a run.
+    updates: about so many are made in all, on which the schedules of NE, MST and GMP depend.
     """
 
-    def __init__(self, arguments: dict, graphs: dict, device: torch.device, cuda_graph: bool):
-        self.device, self.graphs = device, {"play": 1} | graphs
-        self.args = self.script.Args(**(self.small | arguments), cuda_graph=cuda_graph)
+    def __init__(self, arguments: dict, graphs: dict, device: torch.device, cuda_graph: bool, updates: int):
+        self.device, self.graphs, self.updates = device, {"play": 1} | graphs, updates
+        self.args = self.script.Args(**(self.small | self.length() | arguments), cuda_graph=cuda_graph)
         torch.manual_seed(0)
         self.rng, self.steps, self.borders = np.random.default_rng(0), 0, 0
         self.agent = self.build()
         self.fill()
+
+    def length(self) -> dict:
+        return {}
+
+    def policy(self) -> capture.CapturedPolicy:
+        return self.agent.explore
+
+    def train(self, steps: int, border: int | None = None) -> None:
+        """So many steps, with a task border before step `border`, counted from 0."""
+        for step in range(steps):
+            if step == border:
+                self.border()
+            self.step()
 
     def fill(self) -> None:
         for _ in range(20):
@@ -187,7 +208,10 @@ class Expansion(Learner):
     small = NE
 
     def build(self) -> ne.Agent:
-        return ne.Agent(self.args, OBS_DIM, ACT_DIM, 60, self.device)
+        return ne.Agent(self.args, OBS_DIM, ACT_DIM, self.updates, self.device)
+
+    def policy(self) -> capture.CapturedPolicy:
+        return self.agent.policy  # without the noise
 
     def add(self, action: np.ndarray, obs: np.ndarray) -> None:
         super().add(action, obs, terminated=float(self.rng.random() < 0.1))
@@ -203,6 +227,9 @@ class Expansion(Learner):
 class Mst(Learner):
     script = mst_rigl
     small = MST
+
+    def length(self) -> dict:
+        return {"total_steps": 20 + self.updates, "learning_starts": 20}
 
     def build(self) -> mst_rigl.Agent:
         self.episode_steps = 0
@@ -229,6 +256,9 @@ class Mst(Learner):
 class GmpSet(Learner):
     script = gmp_set
     small = GMP_SET
+
+    def length(self) -> dict:
+        return {"total_steps": 2 * (20 + self.updates), "learning_starts": 40}
 
     def build(self) -> gmp_set.Agent:
         return gmp_set.Agent(self.args, 2, OBS_DIM, ACT_DIM, self.device)
@@ -287,10 +317,52 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def learner(request, monkeypatch):
-    """Makes the variant's `Learner`: learner(device, cuda_graph)."""
+    """Makes the variant's `Learner`: learner(device, cuda_graph, updates)."""
     monkeypatch.setattr(nbsp, "LOG_EVERY", 25)
     kind, arguments, graphs = LEARNERS[request.param]
-    return lambda device, cuda_graph: kind(arguments, graphs, torch.device(device), cuda_graph)
+    return lambda device, cuda_graph, updates=60: kind(arguments, graphs, torch.device(device), cuda_graph, updates)
+
+
+class Counts(dict):
+    """Of each `Captured`: calls, those of them that must not be replayed, runs of its Python."""
+
+    def replays(self, graphs: dict[str, int]) -> int:
+        """How many there must be. Nothing but warm-ups, captures and what may not be replayed ran as Python."""
+        found, replays = dict.fromkeys(graphs, 0), 0
+        for captured, count in self.items():
+            if captured.graphs:
+                found[count.name] += len(captured.graphs)
+                warm_ups = sum(min(calls, capture.WARM_UP) for calls in captured.calls.values())
+                assert count.python == count.ordinary + warm_ups + len(captured.graphs), count
+                replays += count.calls - count.ordinary - warm_ups
+        assert found == graphs
+        return replays
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """`Counts` of each `Captured` that is made from now on."""
+    counts, true_init, true_call = Counts(), capture.Captured.__init__, capture.Captured.__call__
+
+    def init(captured, function, *arguments, **options):
+        count = counts[captured] = SimpleNamespace(name=function.__name__, calls=0, ordinary=0, python=0)
+
+        @functools.wraps(function)
+        def counting(*values):
+            count.python += 1
+            return function(*values)
+
+        true_init(captured, counting, *arguments, **options)
+
+    def call(captured, *arguments, eager=False):
+        count = counts[captured]
+        count.calls += 1
+        count.ordinary += eager or any(schedule.due for schedule in captured.schedules(*arguments))
+        true_call(captured, *arguments, eager=eager)
+
+    monkeypatch.setattr(capture.Captured, "__init__", init)
+    monkeypatch.setattr(capture.Captured, "__call__", call)
+    return counts
 
 
 # ---------------------------------------------------------------------------------------- CUDA graphs without a GPU

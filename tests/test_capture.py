@@ -4,10 +4,8 @@ The same on a GPU: tests/test_cuda.py. Agents that learn from made-up transition
 """
 
 import contextlib
-import functools
 from collections import Counter
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,17 +43,6 @@ class NoHost(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def train(learner, steps: int = STEPS, border: int | None = BORDER) -> None:
-    for step in range(steps):
-        if step == border:
-            learner.border()
-        learner.step()
-
-
-def policy_of(agent) -> CapturedPolicy:
-    return agent.policy if isinstance(getattr(agent, "policy", None), CapturedPolicy) else agent.explore
-
-
 def test_nothing_that_is_captured_waits_for_the_device_or_reads_the_host(learner, capturable, monkeypatch):
     """In every kind of update, before and after a task border; twice each, as these checks are slow."""
     true_call, kinds = Captured.__call__, Counter()
@@ -72,10 +59,10 @@ def test_nothing_that_is_captured_waits_for_the_device_or_reads_the_host(learner
 
     monkeypatch.setattr(Captured, "__call__", call)
     one = learner(CPU, True)
-    train(one, 40, border=16)
+    one.train(40, border=16)
     updates = sum(count for name, count in one.graphs.items() if name != "play")
     assert len(kinds) >= updates and min(kinds.values()) > 2
-    policy, obs = policy_of(one.agent), torch.from_numpy(one.normal())
+    policy, obs = one.policy(), torch.from_numpy(one.normal())
     with torch.no_grad(), capturable(), NoHost():
         assert policy.policy(obs).shape[-1] == 2
 
@@ -110,39 +97,15 @@ def test_state_stays_where_it_is(learner):
     SSDE's networks have new sizes at a border: there within a task.
     """
     one = learner(CPU, True)
-    train(one, BORDER + 12)
+    one.train(BORDER + 12, BORDER)
     before = {name: tensor.detach() for name, tensor in tensors_of(one.agent).items()}
     values = {name: tensor.clone() for name, tensor in before.items()}
-    train(one, 50, border=None if type(one).__name__ == "Ssde" else 20)
+    one.train(50, border=None if type(one).__name__ == "Ssde" else 20)
     after = tensors_of(one.agent)
     assert not moved(before, after)
     changed = [name for name, value in values.items() if not torch.equal(value, after[name])]
     groups = {name.split(".")[1] for name in values}
     assert {"losses", "replay"} <= groups and len(changed) > 0.6 * len(values)
-
-
-def counted(monkeypatch) -> dict[Captured, SimpleNamespace]:
-    """Of each `Captured` made from now on: its calls, those that must not be replayed, runs of its Python."""
-    counts, true_init, true_call = {}, Captured.__init__, Captured.__call__
-
-    def init(captured, function, *arguments, **options):
-        count = counts[captured] = SimpleNamespace(name=function.__name__, calls=0, ordinary=0, python=0)
-
-        @functools.wraps(function)
-        def counting(*values):
-            count.python += 1
-            return function(*values)
-
-        true_init(captured, counting, *arguments, **options)
-
-    def call(captured, *arguments, eager=False):
-        counts[captured].calls += 1
-        counts[captured].ordinary += eager or any(s.due for s in captured.schedules(*arguments))
-        true_call(captured, *arguments, eager=eager)
-
-    monkeypatch.setattr(Captured, "__init__", init)
-    monkeypatch.setattr(Captured, "__call__", call)
-    return counts
 
 
 def everything_of(learner) -> dict:
@@ -166,26 +129,18 @@ def assert_same(one, two, where: str = "") -> None:
         assert one == two, where
 
 
-def test_captured_it_trains_to_the_same_bytes(learner, fake_cuda, monkeypatch):
+def test_captured_it_trains_to_the_same_bytes(learner, fake_cuda, counted):
     """With graphs that record and replay operators: to the same state, losses and random numbers as without.
 
     A Python number that changes, a tensor that is replaced, a count that is lost: each would show.
     """
-    counts, states = counted(monkeypatch), []
+    states = []
     for cuda_graph in (False, True):
         one = learner(CPU, cuda_graph)
-        train(one)
+        one.train(STEPS, BORDER)
         states.append(everything_of(one))
     assert_same(*states)
-    graphs = dict.fromkeys(one.graphs, 0)
-    for captured, count in counts.items():
-        if captured.graphs:
-            graphs[count.name] += len(captured.graphs)
-            warm_ups = sum(min(calls, WARM_UP) for calls in captured.calls.values())
-            assert count.python == count.ordinary + warm_ups + len(captured.graphs), count
-    assert graphs == one.graphs
-    replays = sum(sum(c.calls.values()) - sum(min(n, WARM_UP) for n in c.calls.values()) for c in counts)
-    assert fake_cuda.replays == replays > STEPS  # of updates and of the policy
+    assert fake_cuda.replays == counted.replays(one.graphs) > STEPS  # of updates and of the policy
 
 
 # --------------------------------------------------------------------------------------- what the checks above find out
@@ -196,16 +151,16 @@ def replaced(store: dict, values: dict) -> None:
 
 
 @pytest.mark.parametrize("learner", ["nbsp"], indirect=True)
-def test_a_loss_that_is_replaced_is_found(learner, fake_cuda, monkeypatch):
+def test_a_loss_that_is_replaced_is_found(learner, fake_cuda, counted, monkeypatch):
     monkeypatch.setattr(nbsp, "keep", replaced)
     with pytest.raises(AssertionError, match=r"losses\.critic"):
         test_state_stays_where_it_is(learner)
     with pytest.raises(AssertionError, match=r"losses\.critic"):
-        test_captured_it_trains_to_the_same_bytes(learner, fake_cuda, monkeypatch)
+        test_captured_it_trains_to_the_same_bytes(learner, fake_cuda, counted)
 
 
 @pytest.mark.parametrize("learner", ["mst"], indirect=True)
-def test_a_mask_that_is_replaced_is_found(learner, fake_cuda, monkeypatch):
+def test_a_mask_that_is_replaced_is_found(learner, fake_cuda, counted, monkeypatch):
     true_move = mst_rigl.Topology._move_connections
 
     def move(topology, fraction):
@@ -216,7 +171,7 @@ def test_a_mask_that_is_replaced_is_found(learner, fake_cuda, monkeypatch):
     with pytest.raises(AssertionError, match=r"topologies\.critic\.masks"):
         test_state_stays_where_it_is(learner)
     with pytest.raises(AssertionError):
-        test_captured_it_trains_to_the_same_bytes(learner, fake_cuda, monkeypatch)
+        test_captured_it_trains_to_the_same_bytes(learner, fake_cuda, counted)
 
 
 @pytest.mark.parametrize("learner", ["ne"], indirect=True)
@@ -246,7 +201,7 @@ def test_what_waits_for_the_device_is_found(learner, wait, message, capturable, 
 
 
 @pytest.mark.parametrize("learner", ["ne"], indirect=True)
-def test_a_python_number_that_changes_is_found(learner, fake_cuda, monkeypatch):
+def test_a_python_number_that_changes_is_found(learner, fake_cuda, counted, monkeypatch):
     """As the buffer's length once was: a replay draws from the rows of the capture."""
 
     def draw_from(replay, oldest):
@@ -254,7 +209,7 @@ def test_a_python_number_that_changes_is_found(learner, fake_cuda, monkeypatch):
 
     monkeypatch.setattr(ne.ReplayBuffer, "draw_from", draw_from)
     with pytest.raises(AssertionError):
-        test_captured_it_trains_to_the_same_bytes(learner, fake_cuda, monkeypatch)
+        test_captured_it_trains_to_the_same_bytes(learner, fake_cuda, counted)
 
 
 # ----------------------------------------------------------------------------------------------- the classes themselves
