@@ -89,13 +89,6 @@ MST = {"buffer_size": 90, "batch_size": 16, "width_scale": 1 / 32, "target_updat
 GMP_SET = {"benchmark": "reach,push", "hidden_dim": 16, "hidden_layers": 2, "experts": 2, "buffer_size": 180}
 GMP_SET |= {"batch_per_task": 8, "sparsity": 0.8, "prune_every": 5, "evolve_every": 5, "redo_every": 6}
 GMP_SET |= {"reset_every": 20}
-    "batch_per_task": 8,
-    "sparsity": 0.8,
-    "prune_every": 5,
-    "evolve_every": 5,
-    "redo_every": 6,
-    "reset_every": 20,
-}
 
 
 class Learner:
