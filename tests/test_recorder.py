@@ -1,6 +1,7 @@
 """A run's record: folder, files, checkpoints that are always whole, resume, signals, progress, pictures."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -606,6 +607,22 @@ t.cli.run(main, t.Nothing)
     assert re.match(r"stopped: .*; last good checkpoint: .*checkpoint\.pt, of step 5; go on with: python", run.stderr)
     assert not list((tmp_path / "run").glob("*.tmp"))
     assert load_checkpoint(str(tmp_path / "run"), "script")["record"]["global_step"] == 5
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_disk_that_is_full_before_the_first_checkpoint_is_one_line(tmp_path, monkeypatch, begun):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    @rec.recorded
+    def main(args):
+        recorder = new_recorder(tmp_path / "run")
+        recorder.begin(Agent(1), {}, None, {})
+
+    monkeypatch.setattr(rec.torch if begun else rec.Recorder, "save" if begun else "_write_rows", full)
+    with pytest.raises(RunError, match=r"^No space left on device: .*; there is no checkpoint yet$"):
+        main(None)
+    assert rec.OPEN == [] and cli.HELD == [] and not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_closed_and_full_outputs_cost_nothing(tmp_path, monkeypatch):
