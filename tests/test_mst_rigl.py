@@ -90,14 +90,12 @@ def tiny_mrq(authors: dict) -> tuple[dict, dict]:
 
 
 def authors_agent(authors: dict) -> Agent:
-    """An agent with the arguments of --preset mrq, its networks, optimizers and topologies those of the fixture."""
-    args = Args(**PRESETS["preset mrq"], total_steps=20_000, buffer_size=20)
-    agent = Agent(args, OBS_DIM, ACT_DIM, CPU)
-    agent.networks, agent.targets = tiny_mrq(authors)
-    for name, module in agent.networks.items():
-        rates = {"lr": getattr(args, f"{name}_lr"), "weight_decay": args.weight_decay}
-        agent.optimizers[name] = torch.optim.AdamW(module.parameters(), **rates, fused=True)
-        agent.topologies[name] = Topology(linear_layers(module), agent.optimizers[name], "dense", 0.0, until=0)
+    """An agent with the arguments of --preset mrq and the networks and targets of the fixture."""
+    networks, targets = tiny_mrq(authors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mst_rigl, "build_networks", lambda *_: networks)
+        agent = Agent(Args(**PRESETS["preset mrq"], total_steps=20_000, buffer_size=20), OBS_DIM, ACT_DIM, CPU)
+    agent.targets = targets
     agent.scales = [torch.tensor(authors["meta"][name]) for name in ("reward_scale", "target_reward_scale")]
     return agent
 
