@@ -112,15 +112,25 @@ def env_options(args) -> dict:
 def env_sizes(env_id: str, args=None, flag: str = "--env-id") -> tuple[int, int]:
     """Observation and action dimension of an environment.
 
-    args: of the script, with what they ask of the environment: it is tried before a run depends on it, also whether a
-    video can be drawn. flag: the argument that named it. Raises ArgumentError for what `make_env` refuses.
+    args: of the script, with what they ask of the environment: it is tried for a step before a run depends on it, also
+    whether a video can be drawn. flag: the argument that named it. Raises ArgumentError for what `make_env` refuses, or
+    an environment that cannot be played.
     """
     options = env_options(args)
     try:
         env = make_env(env_id, seed=0, **options)
     except ValueError as error:
         raise ArgumentError(f"{flag} {env_id}: {error}") from None
-    env.close()
+    with contextlib.closing(env):
+        try:
+            env.reset(seed=0)
+            env.step(np.zeros(env.action_space.shape, np.float32))
+        except NotFiniteError:
+            raise
+        except RunError as error:
+            raise ArgumentError(f"{flag} {error}") from None
+        except Exception as error:  # other people's code
+            raise ArgumentError(f"{flag} {env_id}: cannot be played ({words_of(error)})") from None
     limits = [getattr(layer, "_max_episode_steps", None) for layer in layers_of(env)]
     if ENDLESS in limits and options["max_episode_steps"] is None and not getattr(args, "quiet", True):
         say(f"{env_id} has no limit of its own: episodes are cut after {ENDLESS:,} steps (--max-episode-steps)")
@@ -325,7 +335,8 @@ class DMControlEnv(gym.Env):
 class _CommonInterface(gym.Wrapper):
     """Flat float32 observations, actions in [-1, 1] for a Box of any bounds, float rewards, action repeat.
 
-    Raises NotFiniteError where the environment gives a reward or an observation that is not finite.
+    Raises NotFiniteError where the environment gives a reward or an observation that is not finite, RunError where it
+    gives one of another shape.
     """
 
     def __init__(self, env: gym.Env, env_id: str, action_repeat: int, seed: int | None = None):
@@ -356,6 +367,8 @@ class _CommonInterface(gym.Wrapper):
         for _ in range(self.action_repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
             self.episode_step += 1
+            if np.size(reward) != 1:
+                raise RunError(f"{self.env_id}: the reward has shape {np.shape(reward)}: expected one number")
             total_reward += np.asarray(reward, dtype=np.float64).item()
             if "success" in info:  # a success in a repeated step must not be lost
                 info["success"] = success = max(success, float(info["success"]))
@@ -377,6 +390,11 @@ class _CommonInterface(gym.Wrapper):
 
     def _observation(self, obs: np.ndarray) -> np.ndarray:
         obs = np.array(obs, dtype=np.float32).ravel()
+        if obs.shape != self.observation_space.shape:
+            expected = self.observation_space.shape[0]
+            raise RunError(
+                f"{self.env_id}: an observation has {obs.size} numbers: expected {expected}, as in its space"
+            )
         if not np.isfinite(obs).all():
             bad = obs[~np.isfinite(obs)][0]
             raise NotFiniteError(f"{self.env_id}: an observation holds {bad} in step {self.episode_step} of an episode")

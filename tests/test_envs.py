@@ -449,6 +449,32 @@ def test_an_environment_is_made_as_gymnasium_writes_it(monkeypatch, tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"reward": np.ones(2)}, r"the reward has shape \(2,\): expected one number"),
+        ({"obs": np.zeros((3, 2))}, "an observation has 6 numbers: expected 2, as in its space"),
+        ({"reset": lambda self, **_: np.zeros(2)}, "an observation has 1 numbers: expected 2, as in its space"),
+        ({"reset": lambda self, **_: np.zeros(3)}, r"cannot be played \(ValueError: too many values to unpack"),
+        ({"step": lambda self, action: (np.zeros(2), 0.0, False, {})}, r"cannot be played \(ValueError: not enough"),
+        ({"reset": lambda self: (np.zeros(2), {})}, r"cannot be played \(TypeError: .*unexpected keyword argument"),
+        ({"obs": "a word"}, r"cannot be played \(ValueError: could not convert"),
+    ],
+)
+def test_an_environment_that_cannot_be_played_is_refused_before_training(monkeypatch, broken, message):
+    own = Own(SMALL, **{name: broken.pop(name) for name in ("reward", "obs") if name in broken})
+    for name, function in broken.items():
+        monkeypatch.setattr(Own, name, function)
+    env_id = registered(monkeypatch, lambda: own)
+    with pytest.raises(ArgumentError, match=rf"^--env-id {env_id}: {message}[^\n]*$"):
+        envs.env_sizes(env_id)
+
+
+def test_a_first_step_that_is_not_finite_ends_as_any_other(monkeypatch):
+    with pytest.raises(NotFiniteError, match="the reward is nan in step 1"):
+        envs.env_sizes(registered(monkeypatch, lambda: Own(SMALL, reward=np.nan)))
+
+
 @dataclass
 class Script:
     """Arguments of a script."""
@@ -515,6 +541,9 @@ class Drawn(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 0.0, False, False, {}
 
     def render(self):
         if isinstance(self.frame, Exception):
