@@ -99,25 +99,37 @@ def with_gradients(loss: Callable, optimizer: torch.optim.Optimizer, compiled: b
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def results_and_gradients(*arguments) -> tuple:
+    def detached(results):
+        return tuple(r.detach() for r in results) if isinstance(results, tuple) else results.detach()
+
+    def loss_of(results) -> Tensor:
+        return (results[0] if isinstance(results, tuple) else results).mean()
+
+    def backward(*arguments):
         results = loss(*arguments)
-        first = results[0] if isinstance(results, tuple) else results
-        gradients = torch.autograd.grad(first.mean(), parameters)
-        return tuple(r.detach() for r in results) if isinstance(results, tuple) else results.detach(), gradients
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(results).backward(inputs=parameters)
+        return detached(results)
 
-    if compiled:
-        torch._dynamo.config.trace_autograd_ops = True  # else `autograd.grad` would cut the function in two
-        torch._inductor.config.fallback_random = True  # random numbers as they are without compilation
-        results_and_gradients = torch.compile(results_and_gradients, fullgraph=True, dynamic=False)
+    if not compiled:
+        return backward
 
-    def run(*arguments):
-        optimizer.zero_grad(set_to_none=True)  # first: the old ones make room for the new
-        results, gradients = results_and_gradients(*arguments)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+    def gradients(*arguments) -> tuple:
+        results = loss(*arguments)
+        return detached(results), torch.autograd.grad(loss_of(results), parameters)
+
+    torch._dynamo.config.trace_autograd_ops = True  # else `autograd.grad` would cut the function in two
+    torch._inductor.config.fallback_random = True  # random numbers as they are without compilation
+    gradients = torch.compile(gradients, fullgraph=True, dynamic=False)
+
+    def compiled_backward(*arguments):
+        optimizer.zero_grad(set_to_none=True)  # the old ones make room for the new
+        results, new = gradients(*arguments)
+        for parameter, gradient in zip(parameters, new, strict=True):
             parameter.grad = gradient
         return results
 
-    return run
+    return compiled_backward
 
 
 def keep(store: dict[str, Tensor], values: dict[str, Tensor]) -> None:
