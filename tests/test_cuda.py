@@ -121,7 +121,8 @@ def test_captured_it_trains_as_operator_by_operator(learner, request, counted, r
         one = learner(DEVICE, cuda_graph, UPDATES)
         start = networks_of(one.agent)
         one.train(EARLY)
-        early.append(networks_of(one.agent))
+        losses = torch.stack([*one.agent.losses.values()]).cpu()
+        early.append(networks_of(one.agent) | {"losses": losses})
         assert min(apart({name: start[name]}, {name: early[-1][name]}) for name in start if name != "actor") > 1e-4
         one.train(UPDATES // 2 - EARLY, border=25)
         random, other = random_state(), learner(DEVICE, cuda_graph, UPDATES)
