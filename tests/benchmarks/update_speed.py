@@ -1,11 +1,11 @@
 """Cost of updates, actions and whole training steps: `python tests/benchmarks/update_speed.py [--scripts ssde ...]`.
 
-One row per script and variant. The variants of a script are timed in turns, so that a busy machine slows all of them;
-`ratio` is to the script's first variant, its plain base algorithm at the same sizes; `x floor` is to the time that the
-update's matrix products alone would take at the rate of a plain product timed in the same turns. Memory is the peak of
-a process of its own, with a full replay buffer of the default size, after it has written a checkpoint. The line above
-the table gives the machine's matrix product rate, which absolute times depend on. Rows named CleanRL are SAC and TD3 of
-the same sizes in the shape of its scripts (plain_sac_td3.py).
+One row per script and variant. On a CPU times are CPU time, and the variants of a script are timed in turns, so that a
+busy machine changes little. `ratio` is to the script's first variant, its plain base algorithm at the same sizes; `x
+floor` is to the time that the update's matrix products alone would take at the rate of a plain product timed in the
+same turns. Memory is the peak of a process of its own, with a full replay buffer of the default size, after it has
+written a checkpoint. The line above the table gives the machine's matrix product rate, which absolute times depend on.
+Rows named CleanRL are SAC and TD3 of the same sizes in the shape of its scripts (plain_sac_td3.py).
 
 `--end-to-end 60` times whole training, in turns of an episode: act, step the environment, add, update, as in the
 script's main loop on its default environment, without evaluations and records. GMP/SET's rows count the steps of all
@@ -378,11 +378,12 @@ def chosen_cases(args: Args) -> dict[str, dict[str, Build]]:
     scripts = args.scripts or tuple(cases)
     cases["mst_scale"] = mst_scale_cases()  # hours on a CPU with the default --repeats: only when it is asked for
     cases = {script: cases[script] for script in scripts}
-    wanted = args.variants or [variant for variants in cases.values() for variant in variants]
-    unknown = set(wanted) - {variant for variants in cases.values() for variant in variants}
-    if unknown:
+    known = {variant for variants in cases.values() for variant in variants}
+    if unknown := set(args.variants) - known:
         sys.exit(f"--variants: {', '.join(sorted(unknown))}: not a row of {', '.join(cases)}")
-    return {script: {v: build for v, build in variants.items() if v in wanted} for script, variants in cases.items()}
+    wanted = args.variants or known
+    cases = {script: {v: build for v, build in variants.items() if v in wanted} for script, variants in cases.items()}
+    return {script: variants for script, variants in cases.items() if variants}
 
 
 # ----------------------------------------------------------------------------------------------------- measurements
@@ -390,32 +391,33 @@ def chosen_cases(args: Args) -> dict[str, dict[str, Build]]:
 WARM_UP = {"cpu": 3, "cuda": 25}  # calls that allocate, and on CUDA capture: NBSP's replay comes every tenth update
 
 
-def timed(function: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call."""
-    start = time.perf_counter()
+def timed(function: Callable[[], object], args: Args) -> float:
+    """Milliseconds of one call: by the clock where others work too, else of this thread, which may share its core."""
+    clock = time.perf_counter if args.device == "cuda" or args.workers else time.thread_time
+    start = clock()
     function()
-    if device == "cuda":
+    if args.device == "cuda":
         torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
-def medians_in_turns(functions: list[Callable[[], object]], repeats: int, device: str) -> list[float]:
+def medians_in_turns(functions: list[Callable[[], object]], repeats: int, args: Args) -> list[float]:
     """Median milliseconds of each function, called one after the other `repeats` times."""
     times = []
-    for turn in range(repeats + WARM_UP[device]):
-        row = [timed(function, device) for function in functions]
-        if turn >= WARM_UP[device]:
+    for turn in range(repeats + WARM_UP[args.device]):
+        row = [timed(function, args) for function in functions]
+        if turn >= WARM_UP[args.device]:
             times.append(row)
     return np.median(times, axis=0).tolist()
 
 
-def rates_in_turns(runs: list[tuple[Case, bool]], seconds: float, device: str) -> list[float]:
-    """Environment steps a second of each case, overlapped or not, in turns for `seconds` on average, at least one."""
+def rates_in_turns(runs: list[tuple[Case, bool]], args: Args) -> list[float]:
+    """Environment steps a second of each case, overlapped or not, in turns for `--end-to-end` on average."""
     for case, overlapped in runs:
-        case.train(2 * WARM_UP[device], overlapped)
+        case.train(2 * WARM_UP[args.device], overlapped)
     turns = []
-    while np.sum(turns) < 1000 * seconds * len(runs):
-        turns.append([timed(partial(case.train, case.turn, overlapped), device) for case, overlapped in runs])
+    while np.sum(turns) < 1000 * args.end_to_end * len(runs):
+        turns.append([timed(partial(case.train, case.turn, overlapped), args) for case, overlapped in runs])
     milliseconds = np.median(turns, axis=0)
     return [1000 * case.turn * case.tasks / ms for (case, _), ms in zip(runs, milliseconds, strict=True)]
 
@@ -429,10 +431,10 @@ def matrix_product(device: str = "cpu") -> Callable[[], object]:
     return lambda: a @ b
 
 
-def matrix_rate() -> float:
+def matrix_rate(args: Args) -> float:
     """GFLOP/s of `matrix_product` on the CPU, the best of 100."""
     product = matrix_product()
-    return 1e3 * PRODUCT_GFLOP / min(timed(product, "cpu") for _ in range(100))
+    return 1e3 * PRODUCT_GFLOP / min(timed(product, args) for _ in range(100))
 
 
 def matrix_gflop(case: Case) -> float:
@@ -489,13 +491,13 @@ def measure(script: str, variants: dict[str, Build], args: Args) -> dict[str, di
         memory = [peak_memory(script, variant, args) for variant, _ in forms]
     cases = [variants[variant](args, form == "captured") for variant, form in forms]
     functions = [matrix_product(args.device), *(case.update for case in cases)]
-    product, *updates = medians_in_turns(functions, args.repeats, args.device)
+    product, *updates = medians_in_turns(functions, args.repeats, args)
     updates = [update / case.updates for update, case in zip(updates, cases, strict=True)]
-    actions = medians_in_turns([case.act for case in cases], 10 * args.repeats, args.device)
+    actions = medians_in_turns([case.act for case in cases], 10 * args.repeats, args)
     if args.end_to_end:
         captured = [case for case, (_, form) in zip(cases, forms, strict=True) if form == "captured"]
         runs = [(case, False) for case in cases] + [(case, True) for case in captured]
-        rates = rates_in_turns(runs, args.end_to_end, args.device)
+        rates = rates_in_turns(runs, args)
         rates, rates_overlapped = rates[: len(cases)], iter(rates[len(cases) :])
 
     rows, base = {variant: {} for variant in variants}, {}
@@ -525,7 +527,7 @@ def main(args: Args) -> None:
     if args.device == "cuda":
         machine = torch.cuda.get_device_name()
     else:
-        machine = f"{args.threads} CPU thread(s), float32 matrix product {matrix_rate():.0f} GFLOP/s"
+        machine = f"{args.threads} CPU thread(s), float32 matrix product {matrix_rate(args):.0f} GFLOP/s"
     print(f"{machine}, torch {torch.__version__}\n")
     header = None
     for script, variants in cases.items():
