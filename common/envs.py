@@ -8,7 +8,6 @@ Meta-World's tasks. ``TaskEnvs`` and ``WorkerEnvs`` step several of them at once
 import contextlib
 import ctypes.util
 import functools
-import gc
 import importlib.util
 import io
 import math
@@ -39,7 +38,12 @@ if importlib.util.find_spec("triton"):
     # there is no GPU: the other way round the process dies.
     importlib.import_module("triton")
 
-import mujoco
+try:
+    import mujoco
+except Exception as error:  # it looks for what it draws with when it is imported
+    choice = os.environ.get("MUJOCO_GL")
+    print(f"error: MUJOCO_GL={choice}: MuJoCo cannot be imported ({words_of(error)}); unset it", file=sys.stderr)
+    raise SystemExit(2) from None
 
 # NumPy measures its float types once. The scripts flush denormal numbers, and measured after that it would warn.
 np.finfo(np.float32), np.finfo(np.float64)
@@ -141,7 +145,7 @@ def env_sizes(env_id: str, args=None, flag: str = "--env-id") -> tuple[int, int]
 
 def check_drawing(env_id: str, make: Callable) -> None:
     """Draw a frame of an environment that `make` makes. Raises ArgumentError, with what to set, where that fails."""
-    failure = env = None
+    failure = None
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):  # one line is enough
         try:
             with contextlib.closing(make(env_id, seed=0, render_mode="rgb_array")) as env:
@@ -150,8 +154,6 @@ def check_drawing(env_id: str, make: Callable) -> None:
                     raise ValueError("it gives no picture")
         except Exception as error:  # of any kind: by a driver, a missing package, the environment
             failure = words_of(error)
-        env = None
-        gc.collect()  # what a library that failed has left complains now
     if failure:
         way = "set MUJOCO_GL=egl, or DISPLAY to a screen that is there, or leave it out"
         raise ArgumentError(f"--capture-video: {env_id} cannot be drawn ({failure}): {way}")

@@ -587,16 +587,25 @@ def test_what_can_be_drawn_is_not_refused(monkeypatch):
     assert envs.env_sizes(env_id, Script(capture_video=True)) == (1, 1)
 
 
-@pytest.mark.parametrize("script", ["neuroplastic_expansion", "mst_rigl", "nbsp"])
-def test_a_display_that_is_gone_is_one_line_and_leaves_no_folder(script, tmp_path):
-    environment = os.environ | {"DISPLAY": ":99"}
-    environment.pop("MUJOCO_GL", None)  # GLFW is MuJoCo's choice where there is a display
+@pytest.mark.parametrize(
+    ("script", "settings", "message"),
+    [
+        ("neuroplastic_expansion", {"DISPLAY": ":99"}, r"--capture-video: Hopper-v5 cannot be drawn .*MUJOCO_GL=egl"),
+        ("nbsp", {"DISPLAY": ":99"}, r"--capture-video: window-open-v3 cannot be drawn .*MUJOCO_GL=egl"),
+        ("mst_rigl", {"MUJOCO_GL": "disable"}, r"--capture-video: Hopper-v5 cannot be drawn .*MUJOCO_GL=egl"),
+        ("ssde", {"MUJOCO_GL": "none"}, r"MUJOCO_GL=none: MuJoCo cannot be imported .*none\); unset it"),
+    ],
+)
+def test_a_display_that_is_gone_is_one_line_and_leaves_no_folder(script, settings, message, tmp_path):
+    environment = os.environ | settings
+    if "MUJOCO_GL" not in settings:
+        environment.pop("MUJOCO_GL", None)  # GLFW is MuJoCo's choice where there is a display
     words = ["--capture-video", "--run-dir", str(tmp_path / "run")]
-    words += [] if script == "nbsp" else ["--env-id", "Hopper-v5"]
+    words += ["--env-id", "Hopper-v5"] if script in ("neuroplastic_expansion", "mst_rigl") else []
     command = [sys.executable, str(Path(__file__).parents[1] / f"{script}.py"), *words]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 2 and run.stdout == "", run.stderr
-    assert re.fullmatch(r"error: --capture-video: \S+ cannot be drawn .*MUJOCO_GL=egl.*\n", run.stderr), run.stderr
+    assert re.fullmatch(rf"error: {message}.*\n", run.stderr), run.stderr
     assert list(tmp_path.iterdir()) == []
 
 
