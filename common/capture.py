@@ -10,6 +10,7 @@ recorded once, and one launch replays all of it, on the addresses that it was re
 Its Python does not run in a replay: counters stay outside, or are among the `schedules`. On a CPU there are no graphs.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -45,13 +46,17 @@ class Captured:
         for schedule in self.schedules(*arguments):
             schedule.updates += 1
 
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Of the warm-up. One, as libraries keep a workspace for each."""
+        return torch.cuda.Stream()
+
     def warm_up(self, *arguments) -> None:
         """An ordinary call on a stream of its own, as PyTorch asks for before a capture."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             self.function(*arguments)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, *arguments) -> torch.cuda.CUDAGraph:
         """The graph of a call. Nothing runs on the device, and what the call counted is put back."""
