@@ -590,9 +590,9 @@ class Agent:
         self.scales = [torch.ones((), device=device), torch.zeros((), device=device)]  # mean |r| now, of the targets
         self.losses: dict[str, Tensor] = {}
         self.grad_norms: dict[str, Tensor] = {}  # of each module, masked and not yet clipped
-        functions = {"encoder": encoder_loss, "critic": critic_loss, "actor": actor_loss}
-        functions = {name: self.autocast()(loss) for name, loss in functions.items()}  # the gradients are not in it
-        self.loss_of = {n: with_gradients(loss, self.optimizers[n], args.compile) for n, loss in functions.items()}
+        losses = {"encoder": encoder_loss, "critic": critic_loss, "actor": actor_loss}
+        cast = {name: self.autocast()(loss) for name, loss in losses.items()}  # the forward pass alone
+        self.loss_of = {name: with_gradients(cast[name], self.optimizers[name], args.compile) for name in losses}
         self.td_target = torch.compile(td_target) if args.compile else td_target
         captured, topologies = partial(Captured, device=device, graphs=args.cuda_graph), self.topologies
         self.train_encoder = captured(self.update_encoder, schedules=lambda _: [topologies["encoder"]])
@@ -623,9 +623,9 @@ class Agent:
         scale.copy_(self.replay.reward_scale())
 
     def update_encoder(self, terminates: bool) -> None:
-        """One step of the encoder, as common/capture.py asks. terminates: whether any step ever terminated.
+        """One step of the encoder: one CUDA graph (common/capture.py), so it changes tensors in place only.
 
-        The loss leaves its gradients in `.grad`, see `with_gradients`.
+        terminates: whether any step ever terminated. The loss leaves its gradients in `.grad`, see `with_gradients`.
         """
         batch = self.replay.sub_trajectories(self.replay.sample_rows(self.args.batch_size))
         losses = self.loss_of["encoder"](self.networks["encoder"], self.targets["encoder"], batch, terminates)
@@ -633,7 +633,7 @@ class Agent:
         keep(self.losses, dict(zip(("encoder", "dynamics", "reward", "done"), losses, strict=True)))
 
     def update_critic_and_actor(self) -> None:
-        """One step of the critics, then one of the actor, and new priorities. As common/capture.py asks."""
+        """One step of the critics, then one of the actor, and new priorities: one CUDA graph too."""
         args, rows = self.args, self.replay.sample_rows(self.args.batch_size)
         encoder, critic, actor = self.networks.values()
         batch = self.replay.transitions(rows)

@@ -470,9 +470,9 @@ class Agent:
         self.captured(replays, self.updates % ACTOR_EVERY == 0, eager=logged)
 
     def learn(self, replays: bool, trains_actor: bool) -> None:
-        """The work of an update, on a batch of earlier tasks or of the present one. As common/capture.py asks.
+        """The work of an update, on a batch of earlier tasks or of the present one: one CUDA graph (common/capture.py).
 
-        The losses leave their gradients in `.grad`, see `with_gradients`.
+        So it changes tensors in place only. The losses leave their gradients in `.grad`, see `with_gradients`.
         """
         args, group = self.args, "previous/" if replays else ""
         batch = (self.previous if replays else self.replay).sample(args.batch_size)

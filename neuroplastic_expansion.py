@@ -489,7 +489,10 @@ class Agent:
             self.review.measure(self.dormant_of_critics())
 
     def learn(self, trains_actor: bool) -> None:
-        """The work of an update, as common/capture.py asks. The losses leave their gradients in `.grad`."""
+        """The work of an update: one CUDA graph (common/capture.py), so it changes tensors in place only.
+
+        The losses leave their gradients in `.grad`, see `with_gradients`.
+        """
         args, batch = self.args, self.replay.sample(self.args.batch_size)
         loss, q_mean = self.critic_loss(self.critic, self.target_actor, self.target_critic, batch, args)
         keep(self.losses, {"critic": loss, "q": q_mean})

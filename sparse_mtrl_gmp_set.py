@@ -601,7 +601,10 @@ class Agent:
         self.updates += 1
 
     def learn(self) -> None:
-        """The work of an update, as common/capture.py asks. The losses' means leave their gradients in `.grad`."""
+        """The work of an update: one CUDA graph (common/capture.py), so it changes tensors in place only.
+
+        The means of the losses leave their gradients in `.grad`, see `with_gradients`.
+        """
         args, batch = self.args, self.replay.sample(self.args.batch_per_task)
         q_losses, q_mean = self.critic_loss(self.actor, self.critics, self.targets, self.log_alpha, batch, args)
         self.step("critics", self.q_optimizer)

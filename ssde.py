@@ -548,7 +548,7 @@ class Agent:
         return loss
 
     def learn_to_explore(self) -> None:
-        """The work of `distill`, as common/capture.py asks."""
+        """The work of `distill`: a CUDA graph too."""
         loss = self.distillation_loss(self.policy, self.replay.sample(self.args.batch_size)["obs"])
         self.actor_optimizer.step()
         keep(self.losses, {"distillation": loss})
@@ -587,7 +587,10 @@ class Agent:
         self.captured(eager=logged)
 
     def learn(self) -> None:
-        """The work of an update, as common/capture.py asks. The losses leave their gradients in `.grad`."""
+        """The work of an update: one CUDA graph (common/capture.py), so it changes tensors in place only.
+
+        The losses leave their gradients in `.grad`, see `with_gradients`.
+        """
         args, batch = self.args, self.replay.sample(self.args.batch_size)
         q_loss, q_mean = self.critic_loss(self.policy, self.critic, self.target, self.log_alpha, batch, args.gamma)
         self.critic_optimizer.step()

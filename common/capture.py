@@ -92,6 +92,7 @@ class CapturedPolicy:
         return self.action.numpy().copy()
 
     def play(self) -> None:
+        """From the pinned observation to the pinned action."""
         action = self.policy(self.obs.to(self.device, non_blocking=True))
         self.action.copy_(action, non_blocking=True)
 
