@@ -6,6 +6,7 @@ import functools
 import io
 import math
 import os
+import signal
 from types import SimpleNamespace
 
 import mujoco
@@ -26,9 +27,14 @@ from common.recorder import restored, state_of
 
 
 def pytest_configure(config):
-    """Runs repeat byte by byte on a CPU: only `pytest tests/test_cuda.py` by itself sees a GPU."""
+    """Runs repeat byte by byte on a CPU: only `pytest tests/test_cuda.py` by itself sees a GPU.
+
+    Signals are heard, also under nohup or behind a script's `&`, which have them ignored in all that they start.
+    """
     if not all("test_cuda" in path for path in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
