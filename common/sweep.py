@@ -264,8 +264,8 @@ def run_all(args: Args, runs: dict[str, list[str]], root: Path, token: str) -> t
                 name, problem = pending.pop(ref), ""
                 try:
                     stranger = ray.get(ref) or stranger
-                except ray.exceptions.RayError as error:  # a lost worker
-                    problem = f" ({str(error).strip().splitlines()[-1]})"
+                except ray.exceptions.RayError as error:  # a lost worker, or a run that was stopped before it began
+                    problem = f" ({(str(error).strip() or type(error).__name__).splitlines()[-1]})"
                 if (root / name / RESULTS).is_file():  # the folder is right after every kind of death, Ray is not
                     bar.write(f"finished: {name}")
                 elif not stopped:

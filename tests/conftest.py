@@ -9,6 +9,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import hypothesis
 import mujoco
 import numpy as np
 import pytest
@@ -29,8 +30,13 @@ from common.recorder import restored, state_of
 def pytest_configure(config):
     """Runs repeat byte by byte on a CPU: only `pytest tests/test_cuda.py` by itself sees a GPU.
 
+    Hypothesis draws the same examples in each run; other ones with `--hypothesis-profile default`.
+
     Signals are heard, also under nohup or behind a script's `&`, which have them ignored in all that they start.
     """
+    hypothesis.settings.register_profile("same", derandomize=True)
+    if not config.getoption("hypothesis_profile", None):
+        hypothesis.settings.load_profile("same")
     if not all("test_cuda" in path for path in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -371,6 +371,31 @@ def test_ray_is_started_for_one_run_a_core_or_found_and_must_have_what_a_run_tak
         sweep.start_ray("auto", 1, 0)
 
 
+def test_a_sweep_is_stopped_while_a_run_waits_for_a_core(fake, folder, monkeypatch, capsys):
+    """Ray's error for such a run has no words."""
+
+    class RayError(Exception):
+        pass
+
+    def wait(pending, timeout):
+        if not cancelled:
+            raise KeyboardInterrupt
+        return pending[:1], pending[1:]
+
+    def get(ref):
+        raise RayError
+
+    cancelled = []
+    remote = types.SimpleNamespace(remote=lambda command, run_dir, *_: run_dir)
+    stub = types.SimpleNamespace(remote=lambda **_: lambda _: remote, wait=wait, get=get, shutdown=lambda: None)
+    stub.cancel, stub.exceptions = cancelled.append, types.SimpleNamespace(RayError=RayError)
+    monkeypatch.setattr(sweep, "start_ray", lambda *_: stub)
+    runs = sweep.plan([str(fake)], "1-3")
+    assert sweep.run_all(sweep.Args(sweep_dir=folder), runs, folder, "token") == ([], True)
+    assert cancelled == [folder / name for name in runs]
+    assert "stopping: every run saves" in capsys.readouterr().out
+
+
 def test_without_ray_one_line_says_how_to_get_it(fake, folder, monkeypatch, capsys):
     code, shown = command(monkeypatch, capsys, "--sweep-dir", folder, "--seeds", "1-2", "--", fake)
     assert code == 2 and shown.err == "error: a sweep needs Ray: python -m pip install ray==2.60.0\n"
