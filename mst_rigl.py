@@ -4,9 +4,10 @@ Paper: Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforc
 algorithm: MR.Q, Towards General-Purpose Model-Free RL, arXiv 2501.16142. Environments: dm_control and Gymnasium MuJoCo.
 
 MR.Q learns an encoder by predicting dynamics, reward and termination, and trains a deterministic actor and twin critics
-on its features. MST trains each of the three modules as suits it when networks grow. The encoder is dense and has
-residual blocks. The critics have few connections, and RigL moves these to where the gradient is largest, so that the
-critics keep learning from moving targets. The actor has a random sparse topology that never changes.
+on its features. MST trains each of the three modules as suits it when networks grow. The encoder is dense. In the
+critics 40 % of the weights exist; at intervals RigL drops the smallest of them and grows as many where the gradient is
+largest, so that the critics keep learning from moving targets. In the actor a random 40 % exist and never change.
+Encoder and actor have residual blocks where widths agree.
 
 Read first: `Topology` and `rigl_topology` (which weights exist), `Block` (the six block types), `encoder_loss` and
 `td_target` (MR.Q), `Agent.update`, then `main`.
@@ -27,14 +28,15 @@ Where this script differs from the authors' code of MR.Q (1 to 6) and from Googl
 4. A step gets the largest priority when it can first be sampled, five steps later. The authors give it at once.
 5. For a terminating step the next features are those of the episode's last observation. The authors read them from a
    slot that was not written for it, and mostly find the first observation of the run.
-6. Rewards beyond the outermost bins are clipped; they stop the authors' run. Priorities start from 0.
+6. In their two-hot code, rewards beyond the outermost bins are clipped; they stop the authors' run. Priorities start
+   from 0, the authors' from memory that nobody wrote.
 7. A connection that is dropped and grown again in one change starts from 0, as the paper says of grown ones. In
    Google's code it keeps its weight.
-8. An update changes a topology and makes a gradient step. RigL's Algorithm 1 does one or the other.
+8. An update that changes a topology makes a gradient step too. In RigL's Algorithm 1 it makes none.
 
 The MST paper's code is not public. Chosen here: what block types 1 to 3 are; Erdős-Rényi densities for each module;
-changes every 1000 updates, as The State of Sparse Training in Deep RL has for SAC; a first share of 0.3 and an end at
-75 %, as that paper has for PPO; width 5 and depth 4 for the largest network. More, and what was measured:
+changes every 1000 updates, as The State of Sparse Training in Deep RL has for SAC, first 0.3 of a layer, none after
+75 % of the updates, as it has for PPO; width 5 and depth 4 for the largest network. More, and what was measured:
 tests/benchmarks/results/mst_rigl.md.
 """
 
@@ -61,13 +63,13 @@ from common.recorder import Recorder, evaluate_stored, recorded, restored
 # MR.Q's constants (authors' code)
 ENCODER_HORIZON, Q_HORIZON = 5, 3  # steps of the latent unroll and of the return
 ZS_DIM, ZA_DIM, ZSA_DIM, HIDDEN_DIM = 512, 256, 512, 512
-ZS_BLOCKS, ZSA_BLOCKS, CRITIC_BLOCKS, ACTOR_BLOCKS = 3, 2, 3, 2  # blocks before --depth-scale; z_s is its last block
+ZS_BLOCKS, ZSA_BLOCKS, CRITIC_BLOCKS, ACTOR_BLOCKS = 3, 2, 3, 2  # at --depth-scale 1; the last of ZS_BLOCKS gives z_s
 REWARD_BINS, REWARD_RANGE = 65, 10.0  # two-hot bins at symexp of 65 points in [-10, 10]
 REWARD_WEIGHT, DONE_WEIGHT = 0.1, 0.1  # in the encoder's loss, where the dynamics have weight 1
 PRIORITY_EXPONENT, MIN_PRIORITY = 0.4, 1.0
-PRIORITY_BLOCK = 250  # rows whose priorities are summed first
 PRE_ACTIVATION_WEIGHT = 1e-5
 
+PRIORITY_BLOCK = 250  # rows whose priorities are summed first, see `sample_rows`
 LOG_EVERY = 1000  # agent steps between two points of the loss curves
 METRIC_BATCH = 1000  # recent steps on which plasticity is measured, at width 1
 TRAIN_EPISODES, EVAL_EPISODES = 1, 2  # streams of random numbers, see `seed_of`
@@ -143,9 +145,9 @@ class Args:
     encoder_sparsity: Sparsity = 0.6  # share of the encoder's linear weights that is 0, unless dense (paper: 0.6)
     critic_sparsity: Sparsity = 0.6  # share of the critics' linear weights that is 0, unless dense (paper: 0.6)
     actor_sparsity: Sparsity = 0.6  # share of the actor's linear weights that is 0, unless dense (paper: 0.6)
-    rigl_every: PositiveInt = 1000  # updates between changes of a topology (State of Sparse Training in Deep RL, SAC)
-    rigl_drop: Fraction = 0.3  # share of a layer's connections moved at first, decays along a cosine (the same, PPO)
-    rigl_until: Fraction = 0.75  # share of the updates after which topologies stay (the same, PPO; RigL: 78 %)
+    rigl_every: PositiveInt = 1000  # updates between changes of a topology (State of Sparse Training, SAC)
+    rigl_drop: Fraction = 0.3  # share of a layer dropped at first, falls along a cosine (State of Sparse Training, PPO)
+    rigl_until: Fraction = 0.75  # share of the updates after which topologies stay (as rigl_drop; RigL: 78 %)
 
 
 # ----------------------------------------------------------------------------------------- the method: sparse training
@@ -158,13 +160,13 @@ def erdos_renyi_counts(shapes: list[tuple[int, ...]], sparsity: float) -> list[i
     """
     sizes, sums = [math.prod(shape) for shape in shapes], [sum(shape) for shape in shapes]
     total = left = round((1 - sparsity) * sum(sizes))
-    free = sum(sums)
-    for size, length in sorted(zip(sizes, sums, strict=True), key=lambda layer: layer[0] / layer[1]):
-        scale = left / free
-        if scale * length < size:
+    sums_left = sum(sums)
+    for size, shape_sum in sorted(zip(sizes, sums, strict=True), key=lambda layer: layer[0] / layer[1]):
+        scale = left / sums_left
+        if scale * shape_sum < size:
             break
-        left, free = left - size, free - length  # this layer is dense
-    shares = [min(size, scale * length) for size, length in zip(sizes, sums, strict=True)]
+        left, sums_left = left - size, sums_left - shape_sum  # this layer is dense: the others share what is left
+    shares = [min(size, scale * shape_sum) for size, shape_sum in zip(sizes, sums, strict=True)]
     counts = [int(share) for share in shares]
     for i in sorted(range(len(shapes)), key=lambda i: counts[i] - shares[i])[: total - sum(counts)]:
         counts[i] += 1  # what rounding down left over goes to the largest remainders
@@ -172,7 +174,7 @@ def erdos_renyi_counts(shapes: list[tuple[int, ...]], sparsity: float) -> list[i
 
 
 def rigl_fraction(update: int, until: float, drop: float) -> float:
-    """Share of a layer's connections to move at `update`: drop / 2 (1 + cos(pi update / until)) (RigL, Eq. 1)."""
+    """Share of a layer's connections to drop and to grow at `update`: drop / 2 (1 + cos(pi update / until)) (RigL)."""
     return drop / 2 * (1 + math.cos(math.pi * update / until))
 
 
@@ -195,7 +197,7 @@ class Topology:
     A weight that does not exist is 0, its gradient and moments too: Adam, AdamW and a target's averaging keep it so.
     Biases are dense. masks: {place in `layers`: boolean, the weight's shape}, without the layers that stay dense.
     layers: anything with a `weight`; targets: the same of target networks that follow slowly. until: the update from
-    which nothing moves; every: updates between two moves; drop: share that moves at first, `changed`: at the last one.
+    which nothing moves; every: updates between two moves; drop: share dropped at first; `changed`: new at the last one.
     """
 
     STATE = ("masks", "initial", "updates", "changed")
@@ -237,7 +239,7 @@ class Topology:
             moved, total = moved + int((grown & ~mask).sum()), total + count
             state = self.optimizer.state.get(weight, {}).values()  # empty before the first step
             for tensor in (weight, *(value for value in state if getattr(value, "shape", 0) == weight.shape)):
-                tensor.mul_(kept)
+                tensor.mul_(kept)  # so what grows starts from 0, also where it was just dropped
             self.targets[i].mul_(mask.copy_(kept | grown))  # without targets the weight itself, which stays as it is
         self.changed = moved / max(1, total)
 
@@ -587,14 +589,16 @@ class Agent:
         self.targets = {name: copy.deepcopy(module).requires_grad_(False) for name, module in self.networks.items()}
         self.replay = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
         self.updates = 0
-        self.scales = [torch.ones((), device=device), torch.zeros((), device=device)]  # mean |r| now, of the targets
+        self.scales = [torch.ones((), device=device), torch.zeros((), device=device)]  # mean |r| at two copies
         self.losses: dict[str, Tensor] = {}
         self.grad_norms: dict[str, Tensor] = {}  # of each module, masked and not yet clipped
         losses = {"encoder": encoder_loss, "critic": critic_loss, "actor": actor_loss}
         cast = {name: self.autocast()(loss) for name, loss in losses.items()}  # the forward pass alone
-        self.loss_of = {name: with_gradients(cast[name], self.optimizers[name], args.compile) for name in losses}
+        # from inputs to gradients in `.grad` of the module and of no other
+        self.backward = {name: with_gradients(cast[name], self.optimizers[name], args.compile) for name in losses}
         self.td_target = torch.compile(td_target) if args.compile else td_target
         captured, topologies = partial(Captured, device=device, graphs=args.cuda_graph), self.topologies
+        # train_...: update_..., as a CUDA graph on CUDA, with the changes of its topologies outside
         self.train_encoder = captured(self.update_encoder, schedules=lambda _: [topologies["encoder"]])
         both = [topologies["critic"], topologies["actor"]]
         self.train_critic_and_actor = captured(self.update_critic_and_actor, schedules=lambda: both)
@@ -625,10 +629,10 @@ class Agent:
     def update_encoder(self, terminates: bool) -> None:
         """One step of the encoder: one CUDA graph (common/capture.py), so it changes tensors in place only.
 
-        terminates: whether any step ever terminated. The loss leaves its gradients in `.grad`, see `with_gradients`.
+        terminates: whether any step ever terminated.
         """
         batch = self.replay.sub_trajectories(self.replay.sample_rows(self.args.batch_size))
-        losses = self.loss_of["encoder"](self.networks["encoder"], self.targets["encoder"], batch, terminates)
+        losses = self.backward["encoder"](self.networks["encoder"], self.targets["encoder"], batch, terminates)
         self.step("encoder")
         keep(self.losses, dict(zip(("encoder", "dynamics", "reward", "done"), losses, strict=True)))
 
@@ -641,10 +645,10 @@ class Agent:
             target = self.td_target(self.targets, batch, args.gamma, args.target_noise, args.noise_clip, self.scales)
             zs = encoder.zs(batch["obs"])
             zsa = encoder.zsa(zs, batch["action"])
-        loss, q_mean, td_error = self.loss_of["critic"](critic, zsa, target)
+        loss, q_mean, td_error = self.backward["critic"](critic, zsa, target)
         self.step("critic", args.max_grad_norm)
         self.replay.update_priority(rows, td_error.clamp_min(MIN_PRIORITY).pow(PRIORITY_EXPONENT))
-        policy_loss = self.loss_of["actor"](actor, encoder, critic, zs)
+        policy_loss = self.backward["actor"](actor, encoder, critic, zs)
         self.step("actor")
         keep(self.losses, {"critic": loss, "q": q_mean, "actor": policy_loss})
 
@@ -783,7 +787,7 @@ def main(args: Args) -> dict:
                 few = f"no episode has {ENCODER_HORIZON} agent steps, of which the encoder learns"
                 raise cli.ArgumentError(f"--env-id {args.env_id} --action-repeat {args.action_repeat}: {few}")
             agent.update()
-            if agent.updates % LOG_EVERY == LOG_EVERY // 2:  # between two changes of a topology
+            if agent.updates % LOG_EVERY == LOG_EVERY // 2:  # between two changes of a topology by default
                 recorder.losses(step, agent.losses)
                 norms = {f"plasticity/{name}/grad_norm": norm for name, norm in agent.grad_norms.items()}
                 recorder.log(step, norms | {"method/reward_scale": agent.scales[0]})

@@ -5,14 +5,14 @@ Base algorithm: Soft Actor-Critic. Environments: cycling Meta-World v3 tasks.
 
 One agent learns tasks A, B, A, B in turn. After each visit its policy acts for some episodes, and every hidden neuron
 of actor and critics gets a score: how reliably its activation, above or below its mean, tells whether the agent is
-nearer to the goal than on average. The best fifth of a network's neurons are the task's skill neurons. In all later
-training their incoming weights move a tenth as far or less; the others move freely. Every tenth update is on
-transitions of earlier tasks.
+nearer to the goal than on average. The best fifth of a network's neurons are the task's skill neurons. From then on, to
+the task's next visit, which chooses anew, their incoming weights and biases move a tenth as far or less; the others
+move freely. Every tenth update is on transitions of earlier tasks.
 
 Read first: `SkillMasks` and the functions below it (Algorithm 1, Eq. 5 and 6), `goal_proximity`, `PreviousTasks`
 (Eq. 7), then `Agent.update` and `main`.
 
-Copy: `SkillMasks`, `neuron_scores`, `skill_neurons`, `gradient_masks`, `dealt_anew`, `hidden_activations`
+Copy: `SkillMasks`, `neuron_scores`, `skill_neurons`, `neuron_masks`, `dealt_anew`, `hidden_activations`
 (88 lines; tests/transplants/nbsp_sac.py does it). The replay of earlier tasks is four lines of the loop there.
 
     python nbsp.py --quick                                          # reach, button-press, twice: minutes on a CPU
@@ -29,10 +29,11 @@ No code of the authors is known. Where we differ from the paper (1, 3), and what
    single step scores almost as much and is still chosen, so with rare success the choice is weak.
 4. "Earlier tasks" are all that were trained before, with the present one when it comes again; each by its latest scores
    and its latest transitions.
-5. The present task's buffer is emptied at a border; networks, targets, temperature and Adam's moments go on.
+5. The present task's buffer is emptied at a border, and updates wait until it holds a batch again; networks, targets,
+   temperature and Adam's moments go on.
 6. The paper names ASR, FM and FWT; the formulas are our reading (`common.metrics.cycling_report`).
-7. `--mask-neurons random` masks as many other neurons as strongly: the control for whether it matters which, which the
-   paper does not have. tests/benchmarks/ablate_neurons.py silences them instead.
+7. `--mask-neurons random` masks as many neurons as strongly, drawn among all that are not constant: the control for
+   whether it matters which, which the paper does not have. tests/benchmarks/ablate_neurons.py silences them instead.
 8. Actor and temperature learn in every second update only, so of their steps a fifth are on earlier tasks.
 """
 
@@ -57,7 +58,7 @@ from common.cli import Device, Fraction, NonNegativeInt, PositiveFloat, Positive
 from common.envs import env_sizes, make_env, seed_of, task_sequence
 from common.recorder import Recorder, evaluate_stored, recorded, restored
 
-LOG_EVERY, LOGGED = 1000, 2  # updates between two points of the loss curves, at one of the actor and not of replay
+LOG_EVERY, LOGGED = 1000, 2  # updates between two points of the loss curves, at one that trains the actor
 METRIC_BATCH = 1000  # recent transitions on which plasticity is measured
 CONSTANT = 1e-3  # a goal proximity whose range within every episode is smaller counts as constant
 ACTOR_EVERY = 2  # every second update trains the actor, twice (CleanRL)
@@ -128,8 +129,8 @@ class Args:
 class SkillMasks:
     """The skill neurons of one network's earlier tasks, and how far training may still move them.
 
-    layers: linear layers in order. An inner list holds two heads that read the same layer, or a layer and the LayerNorm
-    behind it. A hidden neuron is a row of its layer: incoming weights and bias. target: what the mask scales, "update"
+    layers: in order, the output last; each a linear layer, or a list or nn.Sequential of it and its LayerNorm, or of
+    two heads. A hidden neuron is a row of its layer: incoming weights and bias. target: what the mask scales, "update"
     (the optimizer's step) or "gradient" (the paper's letter, of which Adam leaves little). choose: "skill", or the
     control "random": as many neurons with masks as large, drawn among those that are not constant.
     scores[task][l], masks[l]: (width,) for hidden layer l.
@@ -172,7 +173,7 @@ class SkillMasks:
         """
         scores = neuron_scores(hidden_activations(self.levels, forward), goal_proximity)
         self.scores[task] = dealt_anew(scores, self.generator) if self.choose == "random" else scores
-        masks = gradient_masks(list(self.scores.values()), self.proportion, self.factor)
+        masks = neuron_masks(list(self.scores.values()), self.proportion, self.factor)
         for mask, new in zip(self.masks, masks, strict=True):
             mask.copy_(new)
 
@@ -204,8 +205,8 @@ def skill_neurons(scores: list[Tensor], proportion: float) -> list[Tensor]:
     return list(skill.split([len(layer) for layer in scores]))
 
 
-def gradient_masks(tasks: list[list[Tensor]], proportion: float, factor: float) -> list[Tensor]:
-    """mask(N) = factor (1 - Score(N)) for skill neurons, else 1 (Eq. 5); of several tasks the smallest counts.
+def neuron_masks(tasks: list[list[Tensor]], proportion: float, factor: float) -> list[Tensor]:
+    """How far a neuron may move: factor (1 - Score(N)) for skill neurons, else 1 (Eq. 5); of several tasks the least.
 
     tasks: for each earlier task the scores (width,) of each hidden layer -> masks (width,) of each hidden layer.
     """
@@ -225,7 +226,7 @@ def dealt_anew(scores: list[Tensor], generator: torch.Generator) -> list[Tensor]
 
 
 def hidden_activations(levels: list[list[nn.Module]], forward) -> list[Tensor]:
-    """What the first module of each next level reads while `forward()` runs: (T, width) for each hidden layer."""
+    """Activations of each hidden layer in a call of `forward`, (T, width): what the layer behind it reads."""
     read, hooks = {}, []
     for i, (reader, *_) in enumerate(levels[1:]):
         hooks.append(reader.register_forward_pre_hook(lambda _, inputs, i=i: read.update({i: inputs[0]})))
@@ -436,8 +437,8 @@ class Agent:
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
         self.critic_optimizer = adam(self.critics.parameters(), lr=args.critic_lr)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.critic_lr)
-        self.critic_loss = with_gradients(critic_loss, self.critic_optimizer, args.compile)
-        self.actor_loss = with_gradients(actor_loss, self.actor_optimizer, args.compile)
+        self.critic_backward = with_gradients(critic_loss, self.critic_optimizer, args.compile)
+        self.actor_backward = with_gradients(actor_loss, self.actor_optimizer, args.compile)
         self.replay = ReplayBuffer(min(args.buffer_size, args.steps_per_task), obs_dim, act_dim, device)
         self.previous = PreviousTasks(args.previous_buffer_size, obs_dim, act_dim, device)
         numbers = (args.skill_proportion, args.mask_factor, args.mask_target, args.mask_neurons)
@@ -454,13 +455,13 @@ class Agent:
         self.captured = Captured(self.learn, device, args.cuda_graph)
         self.explore = CapturedPolicy(lambda obs: self.actor.sample(obs[None])[0][0], device, args.cuda_graph)
 
-    def step(self, optimizer: torch.optim.Adam, masks: Sequence[SkillMasks]) -> None:
-        """The optimizer's step, masked."""
-        for mask in masks:
-            mask.before_step()
+    def step(self, optimizer: torch.optim.Adam, masked: Sequence[SkillMasks]) -> None:
+        """The optimizer's step, masked in the networks of `masked`."""
+        for network in masked:
+            network.before_step()
         optimizer.step()
-        for mask in masks:
-            mask.after_step()
+        for network in masked:
+            network.after_step()
 
     def update(self) -> None:
         """One SAC update; every `replay_every`-th one is on earlier tasks, every second trains the actor."""
@@ -472,17 +473,17 @@ class Agent:
     def learn(self, replays: bool, trains_actor: bool) -> None:
         """The work of an update, on a batch of earlier tasks or of the present one: one CUDA graph (common/capture.py).
 
-        So it changes tensors in place only. The losses leave their gradients in `.grad`, see `with_gradients`.
+        So it changes tensors in place only. A `..._backward` leaves gradients in `.grad`, see `with_gradients`.
         """
         args, group = self.args, "previous/" if replays else ""
         batch = (self.previous if replays else self.replay).sample(args.batch_size)
 
-        q_loss, q_mean = self.critic_loss(self.actor, self.critics, self.targets, self.log_alpha, batch, args.gamma)
+        q_loss, q_mean = self.critic_backward(self.actor, self.critics, self.targets, self.log_alpha, batch, args.gamma)
         self.step(self.critic_optimizer, self.critic_masks)
         keep(self.losses, {f"{group}critic": q_loss, f"{group}q": q_mean})
 
-        for _ in range(ACTOR_EVERY if trains_actor else 0):  # two steps: one for the update without
-            policy_loss, log_prob = self.actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])
+        for _ in range(ACTOR_EVERY if trains_actor else 0):  # two steps, as the next update makes none
+            policy_loss, log_prob = self.actor_backward(self.actor, self.critics, self.log_alpha, batch["obs"])
             self.step(self.actor_optimizer, self.actor_masks)
             alpha_loss = -self.log_alpha.exp() * (log_prob - self.act_dim)  # target entropy -|A|
             self.alpha_optimizer.zero_grad()
@@ -495,14 +496,14 @@ class Agent:
             for target, value in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
                 target.lerp_(value, args.tau)
 
-    def end_task(self, task: int, rollout: dict[str, Tensor], q: Tensor) -> None:
+    def end_task(self, task: int, rollout: dict[str, Tensor], proximity: Tensor) -> None:
         """From now on `task` is an earlier task. Networks, targets, temperature and optimizers go on as they are.
 
-        rollout: `obs` (T, obs_dim) and `action` (T, act_dim) of the deterministic actor, q: their goal proximity (T,).
+        rollout: `obs` (T, obs_dim) and `action` (T, act_dim) of the deterministic actor, proximity: q (T,).
         """
-        self.skills["actor"].end_task(task, lambda: self.actor(rollout["obs"]), q)
+        self.skills["actor"].end_task(task, lambda: self.actor(rollout["obs"]), proximity)
         for name in ("critic1", "critic2"):
-            self.skills[name].end_task(task, lambda: self.critics(rollout["obs"], rollout["action"]), q)
+            self.skills[name].end_task(task, lambda: self.critics(rollout["obs"], rollout["action"]), proximity)
         if self.args.method in ("nbsp", "replay"):
             self.previous.add_task(task, self.replay)
         self.replay.set_added(0)
@@ -609,7 +610,7 @@ def report_scores(agent: Agent, task: int, measure: str, recorder: Recorder, glo
     recorder.log(global_step, scalars)
     if measure != agent.args.gpm:
         found = "there are no skill neurons" if measure == "none" else f"neurons are scored by {measure}"
-        recorder.say(f"warning: {agent.args.gpm} did not change in {agent.args.score_steps} steps: {found}")
+        recorder.say(f"warning: {agent.args.gpm} changed within no episode of {agent.args.score_steps} steps: {found}")
     recorder.say(f"{recorder.tasks[task]}: skill neurons per layer: {', '.join(counts)}")
 
 
@@ -649,7 +650,7 @@ def main(args: Args) -> dict:
         restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
         at = restored(at, checkpoint["at"], device)
     random_steps = [args.learning_starts if phase < len(tasks) else 0 for phase in range(args.cycles * len(tasks))]
-    idle_steps = [max(steps, args.batch_size - 1) for steps in random_steps]  # before a visit's first update
+    idle_steps = [max(steps, args.batch_size - 1) for steps in random_steps]  # before updates: there is a batch
     phases = [(args.steps_per_task, steps) for steps in idle_steps]  # length, steps without an update
     recorder = Recorder(args, "nbsp", args.task_seq, tasks, phases, checkpoint)
     recorder.begin(agent, at, checkpoint, agent.parameter_counts())
@@ -698,8 +699,8 @@ def main(args: Args) -> dict:
         if rollout is None:  # a signal came: as it was before scoring, which a resume begins anew
             recorder.save(start + step, agent, at)
             recorder.leave()
-        q, measure = goal_proximity(rollout, args.gpm)
-        agent.end_task(task, rollout, q)
+        proximity, measure = goal_proximity(rollout, args.gpm)
+        agent.end_task(task, rollout, proximity)
         report_scores(agent, task, measure, recorder, start + step)
         at["scored_by"].append(measure)
         at |= {"phase": phase + 1, "step": 0, "episode": 0, "phase_steps": [*at["phase_steps"], step]}

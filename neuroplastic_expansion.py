@@ -5,9 +5,10 @@ MuJoCo and dm_control.
 
 Actor and critics start with a fifth of their connections, placed at random. At intervals, connections are added where
 the gradient of the loss is largest: in the paper's words, that revives neurons about to fall silent. Before that, some
-connections of neurons that are silent already are removed; as their gradient is 0, they come back when few others are
-left to grow. Growth slows down along a cosine and ends at full size. Once the share of silent neurons stops moving,
-half of the batches come from the oldest transitions, so that what was learned early is kept.
+connections of neurons that are silent already are removed. Behind a plain ReLU the gradient of such connections is 0,
+so they come back when few others are left to grow; behind the critics' LayerNorm it is not, and they may return at
+once. Growth slows down along a cosine and ends at full size. While the share of the critics' silent neurons hardly
+changes, each batch comes with probability one half from the oldest transitions, so that what was learned early is kept.
 
 Read first: `Topology.after_step` (what is pruned and grown) with `pick`, `erdos_renyi_counts` (the start) and
 `growth_progress` (how fast), `Review` (when old transitions are reviewed), then `Agent.update` and `main`.
@@ -19,6 +20,7 @@ Copy with review: `Topology`, `erdos_renyi_counts`, `growth_progress`, `pick`, `
 (125 lines; tests/transplants/ne_td3.py has both).
 
     topology = Topology([fc1, fc2, fc3], optimizer, [target.fc1, ...], topology_every=10_000, topology_until=750_000)
+    # every and until: in updates of this network, while the script's argument topology_until is a share of them
     loss.backward()
     topology.before_step()
     optimizer.step()
@@ -27,7 +29,9 @@ Copy with review: `Topology`, `erdos_renyi_counts`, `growth_progress`, `pick`, `
     python neuroplastic_expansion.py --quick                    # a small run: minutes on a laptop CPU
     python neuroplastic_expansion.py --env-id dmc/cheetah-run   # 1 M steps at the paper's sizes
 
-This script follows the paper. Where the authors' code differs:
+This script follows the paper, but it prunes before it grows, as the authors' code does, and a neuron that lost all its
+inputs gets new ones with fresh weights; with weights of 0, as all others that grow, it would stay silent behind a ReLU.
+Where the authors' code differs:
 
 1. The authors start from the largest weights, this script from random ones, as the paper's Erdős–Rényi start.
 2. Their dormant pruning looks layers up by names that do not exist and falls back to the smallest weights
@@ -103,9 +107,9 @@ class Args:
     task_seq: str | None = None  # environments joined by commas, visited in turn by one network, instead of --env-id
     cycles: cli.Cycles = 2  # how often --task-seq goes round
     env_kwargs: str = ""  # JSON, further arguments of a Gymnasium environment's constructor: '{"xml_file": "my.xml"}'
-    max_episode_steps: PositiveInt | None = None  # default the environment's own limit, 10 000 where it has none
-    steps_per_task: PositiveInt = 1_000_000  # environment steps of a run, of each visit with --task-seq (paper: 1 M)
-    action_repeat: PositiveInt = 1  # environment steps per action; all other step counts are counts of actions
+    max_episode_steps: PositiveInt | None = None  # in the environment's own steps; default its own limit or 10 000
+    steps_per_task: PositiveInt = 1_000_000  # steps of a run, of each visit with --task-seq (paper: 1 M)
+    action_repeat: PositiveInt = 1  # environment steps per action; all steps but --max-episode-steps are actions
     eval_every: PositiveInt = 5000  # steps between evaluations on the present task; a visit's end evaluates all tasks
     eval_episodes: PositiveInt = 10  # deterministic episodes per task and evaluation
 
@@ -114,7 +118,7 @@ class Args:
     hidden_dim: PositiveInt = 256  # width of all hidden layers: two of the actor, three of each critic
     buffer_size: PositiveInt = 1_000_000  # replay capacity, transitions; emptied at the start of each visit
     batch_size: PositiveInt = 256  # transitions per update; one update per step
-    learning_starts: NonNegativeInt = 25_000  # steps of each visit before its first update; random on the first visit
+    learning_starts: NonNegativeInt = 25_000  # steps of each visit before its first update; random at first visits
     gamma: Fraction = 0.99  # discount
     tau: Fraction = 0.005  # Polyak rate of the targets
     learning_rate: PositiveFloat = 3e-4  # Adam step size of actor and critics
@@ -133,7 +137,7 @@ class Args:
     growth: Literal["gradient", "random", "none"] = "gradient"  # where connections grow; none: nothing is pruned either
     prune: Literal["dormant", "magnitude", "none"] = "dormant"  # first pruned: dormant neurons' weights, or smallest
     prune_limit: Fraction = 0.4  # omega: at most this share of the scheduled growth of a layer is pruned
-    dormant_threshold: NonNegativeFloat = 0.0  # of pruning and review: mean activation by the layer's mean, at most
+    dormant_threshold: NonNegativeFloat = 0.0  # dormant: up to this multiple of the layer's mean |activation|
     review: bool = True  # experience review
     review_every: PositiveInt = 1000  # critic updates between measurements of the dormant ratio
     review_threshold: NonNegativeFloat = 0.01  # epsilon: review while the critics' dormant ratio changes less
@@ -195,7 +199,7 @@ class Topology:
         if not due:
             return
         progress, never = growth_progress(self.updates, self.until), self.masks[0].new_zeros(1, dtype=torch.bool)
-        dormant = [never, *dormant_neurons(self.levels, forward, self.dormant_threshold), never]  # nor inputs, outputs
+        dormant = [never, *dormant_neurons(self.levels, forward, self.dormant_threshold), never]  # [d]: read by level d
         for i, (d, layer) in enumerate((d, layer) for d, level in enumerate(self.levels) for layer in level):
             mask, tied = self.masks[i].bool(), torch.zeros_like(layer.weight)
             count, scheduled = int(mask.sum()), self.start[i] + int(progress * (self.final[i] - self.start[i]))
@@ -204,8 +208,8 @@ class Topology:
             pruned = pick(*candidates, int(self.prune_limit * (scheduled - count)), self.generator)
             mask &= ~pruned
             self._clear(i, "weight", pruned)
-            # A hidden neuron that lost all inputs starts anew: bias 0, and weights drawn when inputs grow back. With
-            # weights of 0 it would stay silent, and a silent ReLU passes no gradient on.
+            # A hidden neuron that lost all inputs restarts: bias 0, and weights drawn when inputs grow back. Outputs
+            # stay. With weights of 0 it would stay silent, and a silent ReLU passes no gradient on.
             orphans = ~mask.any(1) & (d < len(self.levels) - 1)
             self._clear(i, "bias", orphans & pruned.any(1))  # who never had an input keeps its bias
             score = self.gradients[i].abs() if self.growth == "gradient" else tied
@@ -282,7 +286,7 @@ class Review:
 
     def __init__(self, threshold=0.01, probability=0.5, fraction=0.3, generator=None):
         self.threshold, self.probability, self.fraction, self.generator = threshold, probability, fraction, generator
-        self.change, self.ratio, self.reviews = math.inf, None, 0  # reviews: updates with review on, half by old ones
+        self.change, self.ratio, self.reviews = math.inf, None, 0  # reviews: updates made in review
 
     def measure(self, dormant: list[Tensor]) -> None:
         """Every 1000 updates or so: f from what `dormant_neurons` returns."""
@@ -292,7 +296,7 @@ class Review:
             self.change = change if math.isinf(self.change) else 0.9 * self.change + 0.1 * change
 
     def oldest(self) -> float:
-        """The share of the buffer, oldest first, that the next batch is drawn from."""
+        """Once per update, as it draws: the share of the buffer, oldest first, that the next batch comes from."""
         review = self.change < self.threshold
         self.reviews += review
         drawn = review and torch.rand((), generator=self.generator).item() < self.probability
@@ -449,8 +453,8 @@ class Agent:
         self.losses: dict[str, Tensor] = {}
         self.captured = Captured(self.learn, device, args.cuda_graph, self.topologies_of)
         self.policy = CapturedPolicy(lambda obs: self.actor(obs[None])[0], device, args.cuda_graph)
-        self.critic_loss = with_gradients(critic_loss, self.optimizers["critic"], args.compile)
-        self.actor_loss = with_gradients(actor_loss, self.optimizers["actor"], args.compile)
+        self.critic_backward = with_gradients(critic_loss, self.optimizers["critic"], args.compile)
+        self.actor_backward = with_gradients(actor_loss, self.optimizers["actor"], args.compile)
 
     def topology(self, net: str, network: nn.Module, target: nn.Module, until: int, delay: int = 1) -> Topology:
         """How the actor or one critic grows. It counts its own updates, of which there is one in `delay` updates."""
@@ -494,12 +498,12 @@ class Agent:
         The losses leave their gradients in `.grad`, see `with_gradients`.
         """
         args, batch = self.args, self.replay.sample(self.args.batch_size)
-        loss, q_mean = self.critic_loss(self.critic, self.target_actor, self.target_critic, batch, args)
+        loss, q_mean = self.critic_backward(self.critic, self.target_actor, self.target_critic, batch, args)
         keep(self.losses, {"critic": loss, "q": q_mean})
         self.step("critic", lambda: self.critic(batch["obs"], batch["action"]))
 
         if trains_actor:
-            loss = self.actor_loss(self.actor, self.critic, batch["obs"])
+            loss = self.actor_backward(self.actor, self.critic, batch["obs"])
             keep(self.losses, {"actor": loss})
             self.step("actor", lambda: self.actor(batch["obs"]))
             with torch.no_grad():

@@ -31,18 +31,19 @@ Where we differ from the paper and from others' code, and why:
 
 1. A weight that is removed is an exact zero whose gradient is masked before it is clipped and whose Adam moments are
    zero. The forward pass multiplies nothing: sparsification costs a masked gradient per update.
-2. Intervals of GMP, SET, ReDo and Reset count gradient updates, not environment steps (a tenth as many on MT10), so
-   that they mean the same for any number of tasks.
+2. The paper gives intervals in steps. Here GMP, SET, ReDo and Reset count gradient updates, on MT10 one for every ten
+   environment steps, so that they mean the same for any number of tasks.
 3. Only trunks are sparsified; the paper prunes heads too. Heads begin near 0 here (8), where a ranking of all weights
    together would take them first.
 4. SET's new connections are drawn among those that were inactive before the drop, so each of them is new. Table 5 has
    zeta = 0.3 as the density parameter and 11 as zeta: two names swapped. The density is 1 - sparsity here; 11 is 7 %.
 5. SET (which the paper has on MiniGrid only), ReDo and Reset act just before the next update: an evaluation in between
    sees no connection or head that was not trained yet.
-6. MOORE's experts are orthogonalised by modified Gram-Schmidt that bears a zero vector; the authors' gives NaN there.
+6. MOORE's experts are orthogonalised by modified Gram-Schmidt, here also where one is 0; the authors' gives NaN then.
 7. Goals are redrawn at every episode; MT10 proper draws them from a fixed list of 50 per task.
 8. Where the paper is silent: trunks begin He-uniform (MOORE's code: +-1/sqrt(inputs)), heads small and uniform (MOORE:
-   Xavier); the temperature loss is linear in log alpha.
+   Xavier); SET's first weights are not enlarged for the few that are left, so features begin small; the temperature
+   loss is linear in log alpha.
 """
 
 import copy
@@ -146,16 +147,16 @@ class Args:
 
     intervention: Literal["none", "redo", "reset", "layernorm", "weight-decay"] = "none"  # reset: output layers anew
     redo_every: PositiveInt = 5000  # updates between recyclings of dormant units (Table 5)
-    dormant_threshold: NonNegativeFloat = 0.001  # units that score at most this are dormant for ReDo (Table 5)
+    dormant_threshold: NonNegativeFloat = 0.001  # units that score at most this are dormant (Table 5: ReDo)
     reset_every: PositiveInt = 100_000  # updates between resets of the output layers, at most two of them (Table 5)
-    weight_decay: NonNegativeFloat = 1e-6  # AdamW's coefficient (Table 5); times the step size it changes no float32
+    weight_decay: NonNegativeFloat = 1e-6  # AdamW's coefficient (Table 5); times the step size it is lost in float32
 
 
 # --------------------------------------------------------------------------------------------- the method: GMP and SET
 
 
 def gmp_sparsity(update: int, total_updates: int, start: float, until: float, final: float) -> float:
-    """0 up to t_0 = start * total_updates, final * [1 - (1 - (t - t_0) / (t_1 - t_0))^3] up to t_1, then final."""
+    """0 up to t_0 = start * total, final * [1 - (1 - (t - t_0) / (t_1 - t_0))^3] up to t_1 = until * total."""
     progress = (update - start * total_updates) / ((until - start) * total_updates)
     return final * (1 - (1 - min(max(progress, 0.0), 1.0)) ** 3)
 
@@ -168,8 +169,8 @@ def drop_smallest(weight: Tensor, mask: Tensor, count: int) -> Tensor:
 
 def prune(weights: list[Tensor], masks: list[Tensor], sparsity: float) -> list[Tensor]:
     """Masks at `sparsity`, by |w| among all `weights` together. Any shapes. What was pruned never comes back."""
-    weight, mask = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (weights, masks))
-    kept = drop_smallest(weight, mask, max(0, round(sparsity * len(mask)) - int((~mask).sum())))
+    weight, present = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (weights, masks))
+    kept = drop_smallest(weight, present, max(0, round(sparsity * len(present)) - int((~present).sum())))
     return [part.view_as(mask) for part, mask in zip(kept.split([m.numel() for m in masks]), masks, strict=True)]
 
 
@@ -192,7 +193,7 @@ def erdos_renyi_counts(shapes: list[tuple[int, ...]], sparsity: float) -> list[i
 
 
 def matrices(tensors: list[Tensor]) -> list[Tensor]:
-    """Views of all that counts as a layer: a weight or mask, or each copy in one of shape (copies, inputs, outputs)."""
+    """A view per layer. Of three dimensions, (copies, inputs, outputs), each copy is one: so no Conv1d."""
     return [matrix for t in tensors for matrix in (t.detach().unbind() if t.dim() == 3 else [t.detach()])]
 
 
@@ -222,7 +223,7 @@ class SparseLayers:
             weight.grad.mul_(mask)
 
     def after_step(self) -> None:
-        """Once after each optimizer step: new masks if due. What SET moved is 0 then: evaluate before this call."""
+        """Once after each optimizer step: new masks if due. Evaluate after it, with SET before: what it moved is 0."""
         self.updates += 1
         if self.updates % self.every == 0:
             self.set_masks(self.next_masks(matrices(self.weights), matrices(self.masks)))
@@ -523,7 +524,7 @@ class ReplayBuffer:
 def critic_loss(actor, critics, targets, log_alpha: Tensor, batch: dict, args: Args) -> tuple[Tensor, Tensor]:
     """Soft Bellman error of both critics, summed, per task (tasks,), and the mean of the first critic's Q, 0-d.
 
-    An episode ends by its time only. log_alpha: (tasks,); batch: (tasks, batch, ...).
+    No terminal mask: episodes end by their time only. log_alpha: (tasks,); batch: (tasks, batch, ...).
     """
     with torch.no_grad():
         next_action, next_log_prob = actor.sample(batch["next_obs"])
@@ -565,8 +566,8 @@ class Agent:
         self.grad_norms: dict[str, Tensor] = {}  # "actor" and "critics" (both), masked, before clipping
         self.captured = Captured(self.learn, device, args.cuda_graph)
         self.explore = CapturedPolicy(lambda obs: self.actor.sample(obs[:, None])[0][:, 0], device, args.cuda_graph)
-        self.critic_loss = with_gradients(critic_loss, self.q_optimizer, args.compile)
-        self.actor_loss = with_gradients(actor_loss, self.actor_optimizer, args.compile)
+        self.critic_backward = with_gradients(critic_loss, self.q_optimizer, args.compile)
+        self.actor_backward = with_gradients(actor_loss, self.actor_optimizer, args.compile)
         self.sparse: dict[str, GMP | SET] = {}  # what decides which weights exist, by network
         for name, network, optimizer in self.networks():
             if args.method != "dense" and (args.sparsify_actor if name == "actor" else args.sparsify_critic):
@@ -580,12 +581,12 @@ class Agent:
             yield f"critic{i}", critic, self.q_optimizer
 
     def sparsified(self, layers: nn.ModuleList, optimizer: torch.optim.Optimizer) -> GMP | SET:
-        """The method on a trunk. SET's first weights keep the bound of a dense layer: features begin small."""
+        """The method on a trunk."""
         args, updates = self.args, count_updates(self.args, self.tasks)
         if args.method == "set":
             return SET(layers, optimizer, args.sparsity, args.zeta, args.evolve_every)
-        schedule = (updates, args.sparsity, args.prune_start, args.prune_until, args.prune_every)
-        return GMP(layers, optimizer, *schedule, local=args.prune_scope == "layer")
+        schedule = {"start": args.prune_start, "until": args.prune_until, "every": args.prune_every}
+        return GMP(layers, optimizer, updates, args.sparsity, **schedule, local=args.prune_scope == "layer")
 
     def masks(self, name: str, network: MultiTaskNetwork) -> list[Tensor]:
         """Which connections of a trunk exist: boolean (k, inputs, outputs) per layer."""
@@ -603,12 +604,12 @@ class Agent:
     def learn(self) -> None:
         """The work of an update: one CUDA graph (common/capture.py), so it changes tensors in place only.
 
-        The means of the losses leave their gradients in `.grad`, see `with_gradients`.
+        A `..._backward` leaves the gradients of the loss's mean in `.grad`, see `with_gradients`.
         """
         args, batch = self.args, self.replay.sample(self.args.batch_per_task)
-        q_losses, q_mean = self.critic_loss(self.actor, self.critics, self.targets, self.log_alpha, batch, args)
+        q_losses, q_mean = self.critic_backward(self.actor, self.critics, self.targets, self.log_alpha, batch, args)
         self.step("critics", self.q_optimizer)
-        actor_losses, log_prob = self.actor_loss(self.actor, self.critics, self.log_alpha, batch["obs"])
+        actor_losses, log_prob = self.actor_backward(self.actor, self.critics, self.log_alpha, batch["obs"])
         self.step("actor", self.actor_optimizer)
 
         # target entropy -|A|; the loss is linear in log alpha
@@ -632,7 +633,7 @@ class Agent:
         optimizer.step()
 
     def after_update(self) -> dict[str, float]:
-        """GMP's pruning, if it is time: the run ends at the final sparsity. Returns what there is to log."""
+        """GMP's pruning, if it is time, so that evaluations see its sparsity. Returns what there is to log."""
         if self.args.method != "gmp":
             return {}
         for sparse in self.sparse.values():
@@ -672,7 +673,7 @@ class Agent:
     # ------------------------------------------------------------------------------------------------------- metrics
 
     def densities(self) -> dict[str, float]:
-        """Share of connections that exist, per network, per layer of its trunk, and from the action into a critic."""
+        """Share of connections that exist: in each trunk, in its layers, and from the action into a critic."""
         scalars = {}
         for name, network, _ in self.networks():
             masks = self.masks(name, network)
@@ -757,7 +758,7 @@ def count_updates(args: Args, tasks: int) -> int:
 
 
 def check(args: Args, tasks: list[str]) -> None:
-    """Refuse what the types of `Args` cannot tell: else a run would end before its final sparsity, in silence."""
+    """Refuse what the types of `Args` cannot tell, such as a run that would end before its final sparsity."""
     updates = count_updates(args, len(tasks))
     last, first = updates // args.prune_every * args.prune_every, math.ceil(args.prune_until * updates)
     fits, sparse = args.experts <= args.hidden_dim, args.sparsify_actor or args.sparsify_critic

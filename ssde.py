@@ -21,7 +21,8 @@ Copy: `sparse_prompt`, `dictionaries`, `task_neurons`, `NOBODY`, `CoAllocatedLin
 Where this script differs from the authors' code, and why (more: tests/benchmarks/results/ssde.md):
 
 1. A task's policy is cut out and trained as small dense matrices: the same function, a tenth of the arithmetic.
-2. Trainable weights act with 1 - beta, as in Eq. 7. The authors' act with 1 (`--trainable-weight 1`).
+2. From the second task on trainable weights act with 1 - beta, as in Eq. 7. The authors' act with 1
+   (`--trainable-weight 1`).
 3. Every task keeps a log-std head of its own. The authors' tasks share one, so their old stochastic policies drift.
 4. A reset touches the dormant neurons' trainable weights and biases. The authors' also reverts every other bias, the
    log-std head, rows of the mean head and layers without a dormant neuron, and clears all moments of all of them.
@@ -59,10 +60,10 @@ METRIC_BATCH = 1000  # recent observations on which sensitivity and plasticity a
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 TRAIN_GOALS, EVAL_GOALS = 3, 4  # streams of random numbers, see `seed_of`; 1 and 2 are those of `dictionaries`
 
+# a narrow layer needs a large lambda; resets come every 8 % of a task, until 65 % of it, as at full size
 QUICK = {"task_seq": "drawer-close,reach", "steps_per_task": 25_000, "eval_every": 5000, "eval_episodes": 20}
 QUICK |= {"hidden_dim": 128, "hidden_layers": 2, "critic_hidden_dim": 128, "lambda_global": 3e-2, "lambda_local": 3e-2}
 QUICK |= {"learning_starts": 1000, "actor_lr": 1e-3, "critic_lr": 1e-3, "gamma": 0.98}
-# resets every 8 % of a task, until 65 % of it, as in the paper; a narrower layer needs a larger lambda
 QUICK |= {"reset_every": 2000, "reset_until": 16_250, "distill_steps": 2000}
 PRESETS = {"quick": QUICK}
 
@@ -173,7 +174,7 @@ NOBODY = 2**31 - 1  # owner of a weight that no task has trained
 
 
 class CoAllocatedLinear(nn.Module):
-    """Linear layer of a task's policy: y = [(1 - beta) W_trainable + beta W_frozen] x, the bias alike (Eq. 7).
+    """Linear layer of a task's policy: y = [trainable_weight W_trainable + beta W_frozen] x, the bias alike (Eq. 7).
 
     parts: for "weight" and, if there is one, "bias" the values and which of them are frozen. Those act as a constant;
     their places in the parameter are 0 behind a gate of 0, so that no gradient, moment or decay moves them (Eq. 8).
@@ -188,7 +189,7 @@ class CoAllocatedLinear(nn.Module):
             self.register_buffer(f"{name}_constant", beta * values * frozen, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.plain:  # nothing to combine: the first task, a task's own heads
+        if self.plain:  # the first task, a task's own heads
             return F.linear(x, self.weight, self.bias)
         weight = torch.addcmul(self.weight_constant, self.weight, self.weight_gate)
         bias = None if self.bias is None else torch.addcmul(self.bias_constant, self.bias, self.bias_gate)
@@ -199,8 +200,8 @@ class SharedPolicy:
     """The network that all tasks share, and the first task that trained each of its weights.
 
     network: an actor at full size. hidden: names of its hidden linear layers, each reads the one before. heads: names
-    of linear layers that read the last one. own_heads: heads of which, as of all its other parameters, every task has
-    its own, never frozen or scaled. Between the layers stands what works at any width: F.layer_norm, not nn.LayerNorm.
+    of linear layers that read the last one. own_heads: heads of which each task has its own, never frozen or scaled, as
+    of all that is not named here. What runs between the layers works at any width: F.layer_norm, not nn.LayerNorm.
 
     owner[name] (out, in): the first task that trained each weight, or NOBODY; a bias belongs to its row's first owner.
     neurons[k]: indices of task k's neurons in each hidden layer. own[k]: its own parameters, from its end on.
@@ -220,28 +221,27 @@ class SharedPolicy:
         self.neurons.append([indices.to(self.owner[self.hidden[0]].device) for indices in neurons])
         return self.cut(len(self.neurons) - 1)
 
-    def parts(self, task: int, name: str) -> dict[str, tuple]:
-        """Of a layer's weight and bias: the parameter, where in it the task's part lies, what of that is frozen.
+    def places(self, task: int, name: str) -> dict[str, tuple]:
+        """Of a layer's weight and bias: (parameter, index, frozen). parameter[index] is the task's share of it.
 
-        The part is Psi~_k[i, j] = phi^l[i] phi^{l-1}[j] (Eq. 5), with all inputs and outputs of the network. Frozen is
-        Psi~_k and Psi_{k-1}: what an earlier task has trained. A weight between two old neurons that no old task uses
-        together is in none of their parts, hence trainable.
+        The share is Psi~_k[i, j] = phi^l[i] phi^{l-1}[j] (Eq. 5), with all inputs and outputs of the network. Frozen is
+        what is in an earlier task's too (Psi_{k-1}): not a weight between old neurons that no old task uses together.
         """
         layer, owner = self.network.get_submodule(name), self.owner[name]
         rows, columns = (torch.arange(size, device=owner.device) for size in owner.shape)
         level = self.hidden.index(name) if name in self.hidden else len(self.hidden)
         rows = self.neurons[task][level] if name in self.hidden else rows
         columns = self.neurons[task][level - 1] if level > 0 else columns
-        parts = {"weight": (layer.weight, (rows[:, None], columns), owner[rows[:, None], columns] < task)}
-        return parts if layer.bias is None else parts | {"bias": (layer.bias, rows, owner[rows].amin(1) < task)}
+        places = {"weight": (layer.weight, (rows[:, None], columns), owner[rows[:, None], columns] < task)}
+        return places if layer.bias is None else places | {"bias": (layer.bias, rows, owner[rows].amin(1) < task)}
 
     @torch.no_grad()
     def cut(self, task: int) -> nn.Module:
         """A task's policy: a copy of the network with small layers. A finished task's stays bit-identical."""
         small = {}
         for name in self.owner:
-            parts = {kind: (p[part], frozen) for kind, (p, part, frozen) in self.parts(task, name).items()}
-            factor = 1.0 if task == 0 or name in self.own_heads else self.trainable_weight  # 1: nothing is frozen
+            parts = {kind: (p[index], frozen) for kind, (p, index, frozen) in self.places(task, name).items()}
+            factor = 1.0 if task == 0 or name in self.own_heads else self.trainable_weight  # 1: nothing can be frozen
             small[id(self.network.get_submodule(name))] = CoAllocatedLinear(parts, self.beta, factor)
         policy = copy.deepcopy(self.network, small)  # a layer in `small`, deepcopy's memo, is replaced, not copied
         policy.load_state_dict(self.own.get(task, {}), strict=False)
@@ -252,10 +252,10 @@ class SharedPolicy:
         """Write the latest task's weights back to where they were cut out; it owns those that it trained first."""
         task = len(self.neurons) - 1
         for name in self.layers:
-            parts = self.parts(task, name)
-            for kind, (parameter, part, frozen) in parts.items():
-                parameter[part] = torch.where(frozen, parameter[part], getattr(policy.get_submodule(name), kind))
-            owner, block = self.owner[name], parts["weight"][1]  # NOBODY becomes `task`, earlier owners stay
+            places = self.places(task, name)
+            for kind, (parameter, index, frozen) in places.items():
+                parameter[index] = torch.where(frozen, parameter[index], getattr(policy.get_submodule(name), kind))
+            owner, block = self.owner[name], places["weight"][1]  # NOBODY becomes `task`, earlier owners stay
             owner[block] = owner[block].clamp_max(task)
         own = {key: value for key, value in policy.state_dict().items() if key.rpartition(".")[0] not in self.layers}
         self.own[task] = copy.deepcopy(own)
@@ -265,9 +265,9 @@ class SharedPolicy:
 
 
 class DormantResets:
-    """Gives neurons that hardly react to their input the weights back that they had when this was made.
+    """Resets dormant neurons: their trainable incoming weights return to the values at the time that this was made.
 
-    layers: the hidden layers of a task's policy in order, and last a head. every, until: steps of the task.
+    layers: hidden layers of a task's policy as `forward` calls them, last a head. every, until: steps of the task.
     """
 
     STATE = ("start",)
@@ -301,16 +301,17 @@ def neuron_scores(layers: list[nn.Module], forward: Callable, obs: Tensor, metri
     "sensitivity" (Eq. 9): mean |y_i(x) - y_i(x')| of the layer's linear output, x' = x + 0.01 mean(x) for observations
     x (batch, obs_dim); "activation" (ReDo, Sokar et al. 2023): mean |h_i|. Either is divided by the layer's mean.
     """
-    calls = []  # (input, linear output) of each layer, twice
+    calls = []  # (input, linear output) of each layer, on x and on x'
     hooks = [layer.register_forward_hook(lambda _, inputs, y: calls.append((inputs[0], y))) for layer in layers]
     for x in (obs, obs + 0.01 * obs.mean(0)):
         forward(x)
     for hook in hooks:
         hook.remove()
-    if metric == "activation":
-        alive = [h.abs().mean(0) for h, _ in calls[1 : len(layers)]]
+    first, second = calls[: len(layers)], calls[len(layers) :]
+    if metric == "activation":  # a layer's activations are what the next one reads, hence the head
+        alive = [h.abs().mean(0) for h, _ in first[1:]]
     else:
-        alive = [(y - y2).abs().mean(0) for (_, y), (_, y2) in zip(calls, calls[len(layers) : -1], strict=False)]
+        alive = [(y - y2).abs().mean(0) for (_, y), (_, y2) in zip(first[:-1], second[:-1], strict=True)]
     return [a / a.mean().clamp_min(torch.finfo(a.dtype).tiny) for a in alive]
 
 
@@ -510,7 +511,7 @@ class Agent:
             self.actor = self.draw_actor()
         self.draw_learners(self.shared.begin_task(self.neurons(self.task)) if self.shared else self.actor)
         self.resets.append([0] * self.args.hidden_layers)
-        if self.shared is None or self.task == 0 or self.args.distill_steps == 0:
+        if self.shared is None or self.task == 0 or self.args.distill_steps == 0:  # no distillation
             self.end_distillation()
 
     def draw_learners(self, policy: Actor) -> None:
@@ -532,9 +533,9 @@ class Agent:
         schedule = (args.reset_every, args.reset_until, threshold, args.dormant_metric)
         layers = [*self.policy.hidden, self.policy.mean]
         self.dormant = DormantResets(layers, self.actor_optimizer, *schedule) if self.shared else None
-        self.critic_loss = with_gradients(critic_loss, self.critic_optimizer, args.compile)
-        self.actor_loss = with_gradients(actor_loss, self.actor_optimizer, args.compile)
-        self.distillation_loss = with_gradients(distillation_loss, self.actor_optimizer, False)
+        self.critic_backward = with_gradients(critic_loss, self.critic_optimizer, args.compile)
+        self.actor_backward = with_gradients(actor_loss, self.actor_optimizer, args.compile)
+        self.distillation_backward = with_gradients(distillation_loss, self.actor_optimizer, False)
         captured = partial(Captured, device=self.device, graphs=args.cuda_graph)
         self.captured, self.captured_distillation = captured(self.learn), captured(self.learn_to_explore)
         self.explore = CapturedPolicy(lambda obs: self.policy.sample(obs[None])[0][0], self.device, args.cuda_graph)
@@ -549,18 +550,18 @@ class Agent:
 
     def learn_to_explore(self) -> None:
         """The work of `distill`: a CUDA graph too."""
-        loss = self.distillation_loss(self.policy, self.replay.sample(self.args.batch_size)["obs"])
+        loss = self.distillation_backward(self.policy, self.replay.sample(self.args.batch_size)["obs"])
         self.actor_optimizer.step()
         keep(self.losses, {"distillation": loss})
 
     def end_distillation(self) -> None:
-        """The task's training begins, with an empty buffer."""
+        """The task's training begins, with an empty buffer. Where nothing is distilled, all steps count as done."""
         self.distilled = self.args.distill_steps
         self.start_from_here()
         self.replay.set_added(0)
 
     def end_task(self) -> None:
-        """The buffer stays as it is, for the next task's distillation."""
+        """Write the policy back into what the tasks share. The buffer stays, for the next task's distillation."""
         if self.shared:
             self.shared.end_task(self.policy)
 
@@ -576,7 +577,10 @@ class Agent:
         return self.shared.cut(task) if self.shared and task < self.task else self.policy
 
     def exploration_policy(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Who acts in a warm-up episode: a uniformly drawn earlier task's policy (ClonEx-SAC); None: random actions."""
+        """Who acts in a warm-up episode. None: random actions, in the first task and in those of `scratch`.
+
+        For SSDE a uniformly drawn earlier task's policy (ClonEx-SAC), for `finetune` the one there is.
+        """
         if self.task == 0 or self.args.method == "scratch":
             return None
         policy = self.policy_of(int(torch.randint(self.task, ()))) if self.shared else self.policy
@@ -589,12 +593,12 @@ class Agent:
     def learn(self) -> None:
         """The work of an update: one CUDA graph (common/capture.py), so it changes tensors in place only.
 
-        The losses leave their gradients in `.grad`, see `with_gradients`.
+        A `..._backward` leaves the loss's gradients in `.grad`, see `with_gradients`.
         """
         args, batch = self.args, self.replay.sample(self.args.batch_size)
-        q_loss, q_mean = self.critic_loss(self.policy, self.critic, self.target, self.log_alpha, batch, args.gamma)
+        q_loss, q_mean = self.critic_backward(self.policy, self.critic, self.target, self.log_alpha, batch, args.gamma)
         self.critic_optimizer.step()
-        policy_loss, log_prob = self.actor_loss(self.policy, self.critic, self.log_alpha, batch["obs"])
+        policy_loss, log_prob = self.actor_backward(self.policy, self.critic, self.log_alpha, batch["obs"])
         self.actor_optimizer.step()
         alpha_loss = -self.log_alpha.exp() * (log_prob - self.sizes[1] / 2)  # target entropy -|A|/2 (authors)
         self.alpha_optimizer.zero_grad()
@@ -610,8 +614,9 @@ class Agent:
         """Score the hidden neurons and reset the dormant ones. Returns what to log."""
         scores = self.dormant.reset(self.policy, self.replay.recent(METRIC_BATCH)["obs"])
         resets, log = self.resets[-1], {}
-        for i, score in enumerate(scores):
-            resets[i] += int((score < self.dormant.threshold).sum())  # a threshold of 0 with --dormant-metric none
+        for i, (layer, score) in enumerate(zip(self.policy.hidden, scores, strict=True)):
+            dormant = score < self.dormant.threshold  # which is 0 with --dormant-metric none
+            resets[i] += int((dormant & layer.weight_gate.any(1)).sum())  # where all is frozen nothing is reset
             log |= {f"method/score/layer{i + 1}": score, f"method/resets/layer{i + 1}": resets[i]}
             log[f"method/dormant_share/layer{i + 1}"] = (score < self.args.dormant_threshold).float().mean()
         return log
@@ -625,7 +630,7 @@ class Agent:
 
     def shares(self, task: int) -> tuple[list[float], list[float]]:
         """Per layer, the head last: trainable share of the task's weights; share of all weights that have an owner."""
-        frozen = [self.shared.parts(task, name)["weight"][2] for name in self.shared.layers]
+        frozen = [self.shared.places(task, name)["weight"][2] for name in self.shared.layers]
         owned = [self.shared.owner[name] < NOBODY for name in self.shared.layers]
         return [1 - f.float().mean().item() for f in frozen], [o.float().mean().item() for o in owned]
 

@@ -786,7 +786,7 @@ def test_an_update_reads_the_dense_gradient_then_masks_it_then_clips_it():
     torch.nn.utils.clip_grad_norm_(hand.parameters(), 0.05)
     hand_optimizer.step()
 
-    agent.loss_of["critic"](critic, zsa, target)
+    agent.backward["critic"](critic, zsa, target)
     agent.step("critic", agent.args.max_grad_norm)
     for i, (_, mask) in expected.items():
         assert torch.equal(topology.masks[i], mask), i

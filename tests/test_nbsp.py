@@ -239,7 +239,7 @@ def test_without_any_measure_a_task_masks_nothing_and_it_is_said():
     for masks in agent.skills.values():
         assert all((mask == 1).all() for mask in masks.masks)
     nbsp.report_scores(agent, 0, "none", report, 300)
-    assert "success did not change in 150 steps: there are no skill neurons" in report.said[0]
+    assert "success changed within no episode of 150 steps: there are no skill neurons" in report.said[0]
     assert report.logged["method/constant_neurons/actor"] == 48
     assert not {"method/score_mean/actor", "method/score/actor", "method/skill_score_mean/actor"} & set(report.logged)
 
@@ -324,7 +324,7 @@ def step(agent: Agent, part: str) -> dict[str, torch.Tensor]:
         agent.updates = 0  # the next update is the first: no actor, no batch of earlier tasks
         agent.update()
     else:
-        agent.actor_loss(agent.actor, agent.critics, agent.log_alpha, agent.replay.recent(32)["obs"])
+        agent.actor_backward(agent.actor, agent.critics, agent.log_alpha, agent.replay.recent(32)["obs"])
         agent.step(agent.actor_optimizer, agent.actor_masks)
     return {name: value - before[name] for name, value in parameters(agent).items()}
 
@@ -631,8 +631,8 @@ def test_critics_learn_at_each_update_the_actor_at_every_second_one_twice():
 def test_the_temperature_rises_while_entropy_is_below_its_target():
     for log_prob, sign in ((5.0, 1), (3.0, -1)):  # entropy -5 is below the target -4: more exploration
         agent = make_agent()
-        true_loss = agent.actor_loss
-        agent.actor_loss = lambda *a, loss=true_loss, value=log_prob: (loss(*a)[0], torch.tensor(value))
+        true_loss = agent.actor_backward
+        agent.actor_backward = lambda *a, loss=true_loss, value=log_prob: (loss(*a)[0], torch.tensor(value))
         fill(agent.replay, 50)
         agent.updates = 1  # the next one trains the actor
         agent.update()
@@ -1112,7 +1112,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run_and_leaves_ever
     assert_same_run(run_dir, finished_run["run_dir"])
     # a subprocess and a call of main are the same run; it leaves every file and ends with a table
     assert "fwt" in out and "drawer-close-v3: skill neurons per layer: actor" in out and str(run_dir) in out
-    assert "warning: success did not change in 150 steps: neurons are scored by" in out
+    assert "warning: success changed within no episode of 150 steps: neurons are scored by" in out
     assert (run_dir / "summary.png").stat().st_size > 10_000
     results = json.loads((run_dir / "results.json").read_text())
     assert results["script"] == "nbsp" and results["global_step"] == 1200 and len(results["tasks"]) == 2

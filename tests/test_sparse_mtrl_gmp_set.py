@@ -607,9 +607,9 @@ def test_losses_are_multi_task_sacs():
 
 def test_update_moves_every_network_and_each_temperature_by_its_own_task():
     agent = make_agent(tau=0.3)  # so large that targets that stay are seen
-    true_loss = agent.actor_loss
+    true_loss = agent.actor_backward
     log_prob = torch.tensor([9.0, 4.0, -9.0])  # entropy below, at and above its target -4
-    agent.actor_loss = lambda *inputs: (true_loss(*inputs)[0], log_prob)
+    agent.actor_backward = lambda *inputs: (true_loss(*inputs)[0], log_prob)
 
     def weights() -> dict[str, torch.Tensor]:
         modules = {"actor": agent.actor, "critics": agent.critics, "targets": agent.targets}

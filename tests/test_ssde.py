@@ -175,9 +175,9 @@ def test_a_weight_between_two_old_neurons_that_no_task_joins_is_trainable():
     for first, second in (([0, 1], [0, 1]), ([2, 3], [2, 3]), ([0, 2], [1, 3])):
         shared.end_task(shared.begin_task([torch.tensor(first), torch.tensor(second)]))
     # layer 2 of the third task: rows 1, 3; columns 0, 2: 1<-0 was trained by task 0 and 3<-2 by task 1
-    assert shared.parts(2, "hidden.1")["weight"][2].tolist() == [[True, False], [False, True]]
-    assert shared.parts(2, "hidden.1")["bias"][2].tolist() == [True, True]
-    assert [float(shared.parts(2, name)["weight"][2].float().mean()) for name in shared.layers] == [1.0, 0.5, 1.0]
+    assert shared.places(2, "hidden.1")["weight"][2].tolist() == [[True, False], [False, True]]
+    assert shared.places(2, "hidden.1")["bias"][2].tolist() == [True, True]
+    assert [float(shared.places(2, name)["weight"][2].float().mean()) for name in shared.layers] == [1.0, 0.5, 1.0]
 
 
 def literal_lasso(embedding: np.ndarray, dictionary: np.ndarray, sparsity: float) -> np.ndarray:
@@ -397,8 +397,8 @@ def test_update_moves_every_network_as_it_should():
 def test_the_temperature_rises_while_entropy_is_below_its_target():
     for log_prob, sign in ((3.0, 1), (1.0, -1)):  # entropy -3 is below the target -2: more exploration
         agent = begin(make_agent())
-        true_loss = agent.actor_loss
-        agent.actor_loss = lambda *a, loss=true_loss, value=log_prob: (loss(*a)[0], torch.tensor(value))
+        true_loss = agent.actor_backward
+        agent.actor_backward = lambda *a, loss=true_loss, value=log_prob: (loss(*a)[0], torch.tensor(value))
         agent.update()
         assert math.copysign(1, agent.log_alpha.item()) == sign
 
@@ -552,7 +552,7 @@ def test_frozen_entries_never_get_a_gradient_or_a_moment():
     checked = set()
     for name in agent.shared.layers:
         layer = agent.policy.get_submodule(name)
-        for kind, (_, _, frozen) in agent.shared.parts(1, name).items():
+        for kind, (_, _, frozen) in agent.shared.places(1, name).items():
             parameter = getattr(layer, kind)
             moments = agent.actor_optimizer.state[parameter]
             for value in (parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"]):
@@ -560,6 +560,17 @@ def test_frozen_entries_never_get_a_gradient_or_a_moment():
             assert (moments["exp_avg"][~frozen] != 0).any() or frozen.all()
             checked |= {kind} if frozen.any() else set()
     assert checked == {"weight", "bias"}
+
+
+def test_a_reset_counts_where_there_is_something_to_reset():
+    """A neuron of the first layer whose weights are all frozen, as those that an earlier task used are, does not."""
+    agent = trained_agent()
+    agent.dormant.threshold = math.inf
+    log = agent.reset_dormant()
+    trainable = [(~agent.shared.places(1, name)["weight"][2]).any(1) for name in agent.shared.hidden]
+    assert agent.resets[-1] == [int(rows.sum()) for rows in trainable]
+    assert [log[f"method/resets/layer{i}"] for i in (1, 2)] == agent.resets[-1]
+    assert 0 < agent.resets[-1][0] < len(trainable[0])
 
 
 def test_without_a_metric_neurons_are_scored_and_none_is_reset():
@@ -663,7 +674,7 @@ def test_weights_outside_a_tasks_mask_are_bit_identical_across_it(finished_run):
     kinds = [(name, "weight") for name in shared.layers] + [(name, "bias") for name in shared.hidden]
     for task in range(3):
         for (name, kind), before, after in zip(kinds, borders[task], borders[task + 1], strict=True):
-            _, part, frozen = shared.parts(task, name)[kind]
+            _, part, frozen = shared.places(task, name)[kind]
             mine = torch.zeros_like(before, dtype=torch.bool)
             mine[part] = ~frozen
             assert torch.equal(before[~mine], after[~mine])
@@ -1213,7 +1224,7 @@ def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(
             agent.losses["q"] = torch.tensor(math.nan)
         elif what == "weight" and len(calls) == 39:  # in a weight that is not the task's
             unused = agent.shared.owner["hidden.0"].clone().fill_(1)
-            unused[agent.shared.parts(0, "hidden.0")["weight"][1]] = 0
+            unused[agent.shared.places(0, "hidden.0")["weight"][1]] = 0
             agent.actor.hidden[0].weight.data[unused == 1] = math.nan
 
     monkeypatch.setattr(Agent, "update", update)

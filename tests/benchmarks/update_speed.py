@@ -164,7 +164,7 @@ def full_size_masked(agent) -> nn.Module:
             for name in shared.owner:
                 layer = copy.deepcopy(shared.network.get_submodule(name))
                 scale = {kind: torch.zeros_like(p) for kind, p in layer.named_parameters()}
-                for kind, (_, part, frozen) in shared.parts(task, name).items():
+                for kind, (_, part, frozen) in shared.places(task, name).items():
                     scale[kind][part] = torch.where(frozen, shared.beta, shared.trainable_weight)
                 self.layers.append(layer)
                 self.scales.append(scale)

@@ -21,7 +21,7 @@ def test_the_docstring_says_what_to_copy_and_how_much_it_is():
     [claim] = claims("nbsp")
     assert line_count(block("nbsp", claim.names)[1]) == claim.lines <= 88
     assert claim.files == ["tests/transplants/nbsp_sac.py"]
-    assert set(vars(nbsp_sac.nbsp)) >= {"SkillMasks", "neuron_scores", "gradient_masks"}
+    assert set(vars(nbsp_sac.nbsp)) >= {"SkillMasks", "neuron_scores", "neuron_masks"}
     assert {name for name in vars(LIFTED) if not name.startswith("__")} == {*claim.names, "torch", "Tensor", "nn"}
 
 
@@ -168,7 +168,7 @@ def test_layers_held_in_any_way(target):
     masks.end_task("any name", lambda: network(x), q)
     first = torch.relu(norm(linear(TRUE_RELU(network.conv(x)).flatten(1))))
     expected = LIFTED.neuron_scores([first, torch.tanh(last(first))], q)
-    expected = LIFTED.gradient_masks([expected], 0.5, 0.4)
+    expected = LIFTED.neuron_masks([expected], 0.5, 0.4)
     for mask, one in zip(masks.masks, expected, strict=True):
         torch.testing.assert_close(mask, one)
     assert sum(int((mask < 1).sum()) for mask in masks.masks) == 9

@@ -55,11 +55,12 @@ def test_in_the_foreign_sac_nothing_of_an_old_task_moves_and_plasticity_is_measu
             full.append({name: p.clone() for name, p in shared.network.named_parameters()})
             outputs.append([[y.clone() for y in shared.cut(old)(obs)] for old in range(task)])
         for name, owner in shared.owner.items():
-            layer, frozen = policy.get_submodule(name), shared.parts(task, name)["weight"][2]
+            layer, frozen = policy.get_submodule(name), shared.places(task, name)["weight"][2]
             assert frozen.shape == layer.weight.shape
             for value in (layer.weight, layer.weight.grad, optimizer.state[layer.weight]["exp_avg_sq"]):
                 assert (value[frozen] == 0).all()
-            bias_frozen = torch.tensor([bool((row < task).any()) for row in owner])[shared.parts(task, name)["bias"][1]]
+            rows = shared.places(task, name)["bias"][1]
+            bias_frozen = torch.tensor([bool((row < task).any()) for row in owner])[rows]
             assert name == "fc_logstd" or torch.equal(layer.bias_gate == 0, bias_frozen)
             frozen_seen |= {name} if frozen.any() else set()
 
@@ -71,7 +72,7 @@ def test_in_the_foreign_sac_nothing_of_an_old_task_moves_and_plasticity_is_measu
             assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
     for task in range(3):
         for name in ("fc1", "fc2", "fc_mean"):
-            for kind, (_, part, frozen) in shared.parts(task, name).items():
+            for kind, (_, part, frozen) in shared.places(task, name).items():
                 mine = torch.zeros_like(full[0][f"{name}.{kind}"], dtype=torch.bool)
                 mine[part] = ~frozen
                 before, after = full[task][f"{name}.{kind}"], full[task + 1][f"{name}.{kind}"]
@@ -259,7 +260,7 @@ def test_any_actor_keeps_what_its_tasks_have_learned(ssde, name, optimizer):
         shared.end_task(policy)
         for old, outputs in enumerate(finished):
             assert all(torch.equal(a, b) for a, b in zip(shared.cut(old)(obs), outputs, strict=True)), (task, old)
-    assert any(shared.parts(3, layer)["weight"][2].any() for layer in hidden)
+    assert any(shared.places(3, layer)["weight"][2].any() for layer in hidden)
 
 
 def test_a_layer_norm_sees_the_neurons_of_the_task_only(ssde):
