@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -184,3 +185,12 @@ def test_presets_name_fields(name):
     fields = {field.name for field in dataclasses.fields(SCRIPTS[name].Args)}
     assert all(set(values) <= fields for values in SCRIPTS[name].PRESETS.values())
     assert "quick" in SCRIPTS[name].PRESETS
+
+
+def test_the_benchmarks_memory_is_that_of_a_process_of_its_own():
+    """The greatest size that `getrusage` tells is at least that of the process which started it."""
+    ballast = np.ones(110_000_000)  # 0.9 GB
+    line = [sys.executable, "tests/benchmarks/update_speed.py", "--scripts", "neuroplastic_expansion"]
+    line += ["--memory-of", "neuroplastic_expansion:TD3"]
+    shown = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 200 < float(shown) < ballast.nbytes / 1e6 - 200
