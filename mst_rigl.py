@@ -35,8 +35,8 @@ Where this script differs from the authors' code of MR.Q (1 to 6) and from Googl
 8. An update that changes a topology makes a gradient step too. In RigL's Algorithm 1 it makes none.
 
 The MST paper's code is not public. Chosen here: what block types 1 to 3 are; Erdős-Rényi densities for each module;
-changes every 1000 updates, as The State of Sparse Training in Deep RL has for SAC, first 0.3 of a layer, none after
-75 % of the updates, as it has for PPO; width 5 and depth 4 for the largest network. More, and what was measured:
+changes every 1000 updates, as The State of Sparse Training in Deep RL has for SAC, of 0.3 of a layer at first, none
+after 75 % of the updates, as it has for PPO; width 5 and depth 4 for the largest network. More, and what was measured:
 tests/benchmarks/results/mst_rigl.md.
 """
 
@@ -589,7 +589,8 @@ class Agent:
         self.targets = {name: copy.deepcopy(module).requires_grad_(False) for name, module in self.networks.items()}
         self.replay = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
         self.updates = 0
-        self.scales = [torch.ones((), device=device), torch.zeros((), device=device)]  # mean |r| at two copies
+        # mean |r| in whose units the critics learn now, and in whose units the targets learned
+        self.scales = [torch.ones((), device=device), torch.zeros((), device=device)]
         self.losses: dict[str, Tensor] = {}
         self.grad_norms: dict[str, Tensor] = {}  # of each module, masked and not yet clipped
         losses = {"encoder": encoder_loss, "critic": critic_loss, "actor": actor_loss}

@@ -495,7 +495,7 @@ class Agent:
     def learn(self, trains_actor: bool) -> None:
         """The work of an update: one CUDA graph (common/capture.py), so it changes tensors in place only.
 
-        The losses leave their gradients in `.grad`, see `with_gradients`.
+        A `..._backward` leaves the loss's gradients in `.grad`, see `with_gradients`.
         """
         args, batch = self.args, self.replay.sample(self.args.batch_size)
         loss, q_mean = self.critic_backward(self.critic, self.target_actor, self.target_critic, batch, args)

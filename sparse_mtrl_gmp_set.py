@@ -223,7 +223,7 @@ class SparseLayers:
             weight.grad.mul_(mask)
 
     def after_step(self) -> None:
-        """Once after each optimizer step: new masks if due. Evaluate after it, with SET before: what it moved is 0."""
+        """Once after each optimizer step: new masks if due. Evaluate GMP after it, SET before: what SET moved is 0."""
         self.updates += 1
         if self.updates % self.every == 0:
             self.set_masks(self.next_masks(matrices(self.weights), matrices(self.masks)))
