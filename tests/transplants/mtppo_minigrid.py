@@ -6,7 +6,8 @@
 The paper's base is MOORE's code for MiniGrid (arXiv 2311.11385): an actor and a critic of the same shape, three shared
 convolutions and a head per task. An epoch is 2000 steps of every task and one fit. Its critic makes a single step per
 epoch, on all samples; with --critic-epochs it passes over minibatches as the actor does. The lines marked "# GMP, SET"
-are ours; their updates are the actor's, for the critic too. Steps are counted over all tasks in the files of a run.
+are ours; both count the actor's updates, for the critic too, and act at the end of an epoch, as the paper's 500 and
+2000 timesteps can. The paper's SET is --sparse-layers heads. The files of a run count the steps of all tasks together.
 
 Where we differ from MOORE's code: a minibatch has 256 samples of each task, not 1280 of all together; episodes are
 seeded by run, task and number, so evaluations see the same layouts every time; one evaluation in ten epochs.
@@ -38,6 +39,7 @@ gmp_set = lift("sparse_mtrl_gmp_set", 0)  # GMP, SET
 TASKS = {"mt2": ["Empty-5x5", "Empty-Random-6x6"], "mt3": ["LavaGapS7", "RedBlueDoors-6x6", "MemoryS11"]}
 TASKS["mt5"] = ["DoorKey-6x6", "LavaGapS7", "RedBlueDoors-6x6", "DistShift1", "MemoryS11"]
 TASKS["mt7"] = [*TASKS["mt5"], "SimpleCrossingS9N2", "MultiRoom-N2-S4"]
+BEST = dict(zip(TASKS["mt7"], (0.9725, 0.9633, 0.99, 0.9607, 0.9777, 0.9583, 0.8875), strict=True))  # returns; Table 4
 TRAINING, EVALUATION = 1, 2  # streams of random numbers
 IMAGE, ACTIONS = (3, 7, 7), 7  # object, colour and state of each cell in view: integers up to 10, not scaled
 LEARNING_RATE, GAMMA, GAE_LAMBDA, CLIP_COEF, ENT_COEF = 1e-3, 0.99, 0.95, 0.2, 0.01
@@ -59,12 +61,11 @@ def parse_args(words=None):
     parser.add_argument("--actor-epochs", type=int, default=8, help="passes over a rollout")
     parser.add_argument("--critic-epochs", type=int, default=1, help="1: one step on all samples; else as the actor")
     parser.add_argument("--minibatch", type=int, default=256, help="samples of each task")
-    parser.add_argument("--sparsity", type=float, default=0.95, help="of each network: GMP's final one, SET's always")
-    parser.add_argument("--prune-every", type=int, default=500, help="updates between GMP's pruning steps")
+    parser.add_argument("--sparsity", type=float, default=0.95, help="of each network's layers: GMP's at the end")
+    parser.add_argument("--prune-every", type=int, default=64, help="updates between GMP's pruning steps")
     parser.add_argument("--prune-scope", default="global", choices=["global", "layer"], help="what GMP ranks together")
-    parser.add_argument("--evolve-every", type=int, default=2000, help="updates between SET's rewirings")
-    yes_or_no = {"action": argparse.BooleanOptionalAction, "default": True}
-    parser.add_argument("--sparsify-heads", **yes_or_no, help="no: GMP and SET take the convolutions alone")
+    parser.add_argument("--evolve-every", type=int, default=64, help="updates between SET's rewirings")
+    parser.add_argument("--sparse-layers", default="all", choices=["all", "heads", "convolutions"])
     return parser.parse_args(words)
 
 
@@ -197,7 +198,8 @@ class Agent:
         self.sparse = []  # GMP, SET
         total = args.epochs * args.actor_epochs * math.ceil(args.epoch_steps / args.minibatch)  # GMP, SET
         for network, optimizer in zip(self.networks.values(), self.optimizers, strict=True):  # GMP, SET
-            layers = list(network.children())[: None if args.sparsify_heads else 3]  # GMP, SET
+            layers = list(network.children())  # GMP, SET
+            layers = {"all": layers, "heads": layers[3:], "convolutions": layers[:3]}[args.sparse_layers]  # GMP, SET
             if args.method == "gmp":  # GMP, SET
                 numbers = {"every": args.prune_every, "local": args.prune_scope == "layer"}  # GMP, SET
                 self.sparse.append(gmp_set.GMP(layers, optimizer, total, args.sparsity, **numbers))  # GMP, SET
@@ -277,7 +279,8 @@ def main(args):
         evaluations += rows
         pd.DataFrame(evaluations).to_csv(run_dir / "evaluations.csv", index=False)
         if epoch:
-            scalars |= agent.measure(data[0])
+            normalised = np.mean([row["episode_return"] / BEST.get(row["task"], 1) for row in rows])
+            scalars |= {"normalised_return": normalised} | agent.measure(data[0])
             training.append({"global_step": step} | scalars)
             pd.DataFrame(training).to_csv(run_dir / "training.csv", index=False)
         if not args.quiet:

@@ -19,6 +19,7 @@ from common import plot, sweep
 
 FEW = ["--epochs", "3", "--epoch-steps", "40", "--minibatch", "16", "--actor-epochs", "2", "--eval-every", "2"]
 FEW += ["--eval-episodes", "1", "--prune-every", "6", "--evolve-every", "6", "--quiet"]
+BEST_OF_EMPTY = 0.5  # a task's best return, that tells in the score
 UPDATES = 6  # of the actor in an epoch of FEW: two passes over 16 + 16 + 8 samples of each task
 seeds = st.integers(0, 2**32 - 1)
 
@@ -211,7 +212,7 @@ def parts(tensors):
 
 @pytest.mark.parametrize(("heads", "scope"), [(True, "global"), (False, "layer")])
 def test_gmp_follows_the_cubic_in_actor_and_critic_at_the_actors_updates(heads, scope):
-    epochs, words = 10, [] if heads else ["--no-sparsify-heads"]
+    epochs, words = 10, [] if heads else ["--sparse-layers", "convolutions"]
     agent, data = make_agent("--method", "gmp", "--epochs", str(epochs), "--prune-scope", scope, *words)
     total = epochs * UPDATES
     for epoch in range(1, epochs + 1):
@@ -231,12 +232,12 @@ def test_gmp_follows_the_cubic_in_actor_and_critic_at_the_actors_updates(heads, 
         assert density[f"sparsity/{name}/density"] == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("heads", [True, False])
-def test_set_has_erdos_renyis_counts_by_task_and_moves_three_tenths(heads):
-    agent, data = make_agent("--method", "set", *[] if heads else ["--no-sparsify-heads"], tasks=3)
+@pytest.mark.parametrize(("layers", "count"), [("all", 3 + 2 * 3), ("convolutions", 3), ("heads", 2 * 3)])
+def test_set_has_erdos_renyis_counts_by_task_and_moves_three_tenths(layers, count):
+    agent, data = make_agent("--method", "set", "--sparse-layers", layers, tasks=3)
     for sparse in agent.sparse:
         masks = [mask.clone() for mask in parts(sparse.masks)]
-        assert len(masks) == (3 + 2 * 3 if heads else 3)
+        assert len(masks) == count
         counts, sizes = [int(mask.sum()) for mask in masks], [mask.numel() for mask in masks]
         assert sum(counts) == round(0.05 * sum(sizes))
         # the density of a layer of the shape (a, b, ...) is c * (a + b + ...) / (a * b * ...), up to 1
@@ -258,9 +259,19 @@ def runs(tmp_path_factory):
     """Run folders of FEW on two tasks, as a sweep starts them: one of them twice."""
     folder = tmp_path_factory.mktemp("runs")
     words = [*FEW, "--tasks", "mt2"]
-    for name, more in {"dense": [], "again": [], "two": ["--seed", "2"], "gmp": ["--method", "gmp"]}.items():
-        ppo.main(ppo.parse_args([*words, *more, "--run-dir", str(folder / name)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ppo.BEST, "Empty-5x5", BEST_OF_EMPTY)
+        for name, more in {"dense": [], "again": [], "two": ["--seed", "2"], "gmp": ["--method", "gmp"]}.items():
+            ppo.main(ppo.parse_args([*words, *more, "--run-dir", str(folder / name)]))
     return folder
+
+
+def test_the_best_returns_are_those_of_the_shortest_ways():
+    steps = {"DoorKey-6x6": 11, "DistShift1": 11, "RedBlueDoors-6x6": 8, "LavaGapS7": 8, "MemoryS11": 15}
+    steps |= {"SimpleCrossingS9N2": 15, "MultiRoom-N2-S4": 5}  # the paper's Table 4
+    for name, env in zip(steps, ppo.make_envs(steps), strict=True):
+        assert ppo.BEST[name] == pytest.approx(1 - 0.9 * steps[name] / env.max_steps, abs=1e-4)
+    assert set(ppo.BEST) == set(steps)
 
 
 def test_the_same_seed_gives_the_same_bytes(runs):
@@ -276,6 +287,7 @@ def test_a_runs_folder_holds_what_sweep_and_plot_read(runs, capsys, tmp_path):
     results = json.loads((runs / "gmp" / "results.json").read_text())["metrics"]
     last = [float(row["episode_return"]) for row in rows[-2:]]
     assert results["mean_return"] == pytest.approx(sum(last) / 2) and results["updates"] == 3 * UPDATES
+    assert results["normalised_return"] == pytest.approx((last[0] / BEST_OF_EMPTY + last[1]) / 2)
     assert results["mean_success"] == pytest.approx(sum(float(row["success"]) for row in rows[-2:]) / 2)
     assert [results[f"return/{task}"] for task in ppo.TASKS["mt2"]] == last
     for net in ("actor", "critic"):
