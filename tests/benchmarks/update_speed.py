@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -438,7 +438,7 @@ def matrix_rate(args: Args) -> float:
 
 
 def matrix_gflop(case: Case) -> float:
-    """GFLOP of the matrix products of one update."""
+    """GFLOP of the matrix products of one update, which must not be compiled: the counter sees single operators."""
     with FlopCounterMode(display=False) as counter:
         case.update()
     return counter.get_total_flops() / case.updates / 1e9
@@ -503,8 +503,9 @@ def measure(script: str, variants: dict[str, Build], args: Args) -> dict[str, di
     rows, base = {variant: {} for variant in variants}, {}
     for i, (variant, form) in enumerate(forms):
         cells = {"ms per update": f"{updates[i]:.2f}", "ratio": f"{updates[i] / base.setdefault(form, updates[i]):.3f}"}
-        if not cuda:  # after all else, as a function that is first called while it is counted is never compiled
-            floor = matrix_gflop(cases[i]) / PRODUCT_GFLOP * product  # of float32 products
+        if not cuda:
+            counted = variants[variant](replace(args, compile=False), False) if args.compile else cases[i]
+            floor = matrix_gflop(counted) / PRODUCT_GFLOP * product  # of float32 products
             cells["x floor"] = "" if "bf16" in variant else f"{updates[i] / floor:.2f}"
         cells["ms per action"] = f"{actions[i]:.3f}"
         if args.end_to_end:
