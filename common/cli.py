@@ -374,7 +374,7 @@ def parse_args(cls: type, presets: dict[str, dict] | None = None, argv: list[str
     for name, values in (presets or {}).items():
         if "--" + name in typed or "--" + name.replace(" ", "=") in typed:
             defaults |= values
-    for i, word in enumerate(argv):
+    for i, word in enumerate(argv if hasattr(cls, "resume") else []):
         if word.startswith("--resume=") or (word == "--resume" and i + 1 < len(argv)):
             defaults = stored_args(word.partition("=")[2] or argv[i + 1], cls)
     framed, grouped = io.StringIO(), grouped_class(cls, defaults, presets or {})

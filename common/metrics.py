@@ -32,7 +32,8 @@ def hidden_features(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tenso
     A hidden layer's activation is what the next layer reads: so any activation will do, in any form. They are caught at
     the inputs of every layer but the first; what two heads or twins read in common counts once, and so does the
     network's own input, which is no feature. A layer is a module with a `weight` parameter of two or more dimensions.
-    Its forward hooks must run: give the plain module, not what `torch.compile` returns.
+    Its forward hooks must run: give the plain module, not what `torch.compile` returns. Two limits: branches must read
+    inputs that were joined or scaled once for all, and what a layer has read must not be changed in place.
 
     Returns a list of (samples, units) tensors without gradient. A convolution's input (batch, channels, height, width)
     gives a row per place and a unit per channel. The input (k, batch, units) of a layer with a weight per expert,
@@ -190,10 +191,10 @@ def grad_norm(module: nn.Module) -> Tensor:
 def plasticity(
     networks: dict[str, tuple[nn.Module, tuple[Tensor, ...]]], active: dict[str, list[Tensor]] | None = None
 ) -> dict[str, Tensor]:
-    """The metrics above for each network, on its inputs, as {"plasticity/<network>/<metric>": 0-d tensor}.
+    """Metrics of each network on its inputs, as {"plasticity/<network>/<metric>": 0-d tensor}.
 
     One forward pass gives the dormant ratio at each of `DORMANT_TAUS`, the active fraction and the ranks of the last
-    hidden layer. active: by network, see the conventions above.
+    hidden layer; the norm of the weights comes with them. active: by network, see the conventions above.
     """
     scalars = {}
     for name, (module, inputs) in networks.items():
@@ -342,6 +343,7 @@ def success_matrix(rows: list[dict], tasks: int) -> tuple[np.ndarray, np.ndarray
 def performance_cw(success: np.ndarray, window: int = 5) -> tuple[float, np.ndarray]:
     """Final performance P = mean_i P_i, P_i = mean of S[e, i] over the last `window` evaluations of the run.
 
+    These should all be of the last phase: in an earlier one the tasks that come later count 0.
     `window=1` is the plain success at the end of the run. Returns P and the (tasks,) array of P_i.
     Raises ValueError for window < 1, NaN, or a wrong shape.
     """
@@ -425,16 +427,18 @@ def continual_report(rows: list[dict], tasks: list[str], reference: dict[str, fl
     """Final success, forgetting and Continual World's P, F, FT from the evaluations of a run.
 
     `final_success` and `forgetting` compare single evaluations on the same goals: at the end of a task's phase and at
-    the end of the run. Continual World's P and F average five evaluations. reference: AUC^ref by task, for FT.
+    the end of the run. Continual World's P and F average five evaluations, or those of the last phase if these are
+    fewer. reference: AUC^ref by task, for FT.
     """
     # --eval-all has rows of tasks that were not trained yet: left out, so that they count 0 as without it
     success, phases = success_matrix([row for row in rows if row["task_index"] <= row["phase"]], len(tasks))
     at_phase_end = np.array([success[phases == i][-1, i] for i in range(len(tasks))])
+    window = min(5, int((phases == len(tasks) - 1).sum()))
     report = {
         "final_success": success[-1].mean(),
         "forgetting": (at_phase_end - success[-1]).mean(),
-        "performance_cw": performance_cw(success)[0],
-        "forgetting_cw": forgetting_cw(success, phases)[0],
+        "performance_cw": performance_cw(success, window)[0],
+        "forgetting_cw": forgetting_cw(success, phases, window)[0],
         "success_at_phase_end": at_phase_end.tolist(),
         "success_at_run_end": success[-1].tolist(),
         "auc": auc_cw(success, phases).tolist(),

@@ -5,7 +5,7 @@
 
 An argument with several values is a grid, and several commands follow each other with `--` between them. A run has the
 folder `SWEEP_DIR/<script>__<what varies>`, and beside it what it printed, in `<the same>.log`. Each core does one run
-at a time. Ctrl-C stops all runs at their next checkpoint; the same command goes on from there and leaves alone what is
+at a time. Ctrl-C stops all runs at the end of their episode, saved; the same command goes on and leaves alone what is
 finished. A run that was killed goes on by itself. `python -m common.plot SWEEP_DIR` draws all of them.
 
 With `--address auto` the runs go to the Ray cluster that this machine belongs to. All its machines need this checkout,
@@ -33,11 +33,12 @@ from tqdm import tqdm
 
 from common import cli
 from common.cli import CHECKPOINT, CONFIG, ArgumentError
-from common.recorder import EVALUATIONS, RESULTS
+from common.recorder import EVALUATIONS, RESULTS, SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
 POLL_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+LONGEST_NAME = 255  # bytes, of a file in nearly all file systems
 
 
 @dataclass
@@ -115,6 +116,8 @@ def plan(commands: list[str], seeds: str) -> dict[str, list[str]]:
             pairs = [(name, value) for (name, _), value in zip(options, values, strict=True)]
             parts = [name if value is None else f"{name}={value}" for name, value in itertools.compress(pairs, varying)]
             name = "__".join([Path(script).stem, *parts]).replace("/", "-")  # dmc/dog-run is not a folder
+            if len(os.fsencode(f"{name}.log")) > LONGEST_NAME:
+                raise ArgumentError(f"a run would be called {name}: too long for a file")
             if name in runs:
                 raise ArgumentError(f"two runs are called {name}: each must differ from the others in its arguments")
             words = [word for name_, value in pairs for word in (f"--{name_}", value) if word is not None]
@@ -123,13 +126,18 @@ def plan(commands: list[str], seeds: str) -> dict[str, list[str]]:
 
 
 def record_plan(sweep_dir: Path, runs: dict[str, list[str]]) -> None:
-    """Add the runs to `sweep.json`. Raises ArgumentError if a name stands for another command there."""
+    """Add the runs to `sweep.json`. Raises ArgumentError if a name stands for another command there, or if the folder
+    or the file is no such thing.
+    """
     file = sweep_dir / "sweep.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+        known = cli.read_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"--sweep-dir {sweep_dir}: {error}") from None
     for name in runs.keys() & known.keys():
         if known[name] != runs[name]:
             raise ArgumentError(f"{sweep_dir / name}: is another run already: {shlex.join(known[name])}")
-    sweep_dir.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(known | runs, indent=2) + "\n", encoding="utf-8")
 
 
@@ -159,7 +167,7 @@ def execute(command: list[str], run_dir: Path, cwd: str, token: str, retries: in
                 break
             folder = "--resume" if (run_dir / CHECKPOINT).is_file() else "--run-dir"
             code = attempt([sys.executable, *command, folder, str(run_dir), "--quiet"], cwd, environment, log)
-            signum = {128 + signal.SIGINT: signal.SIGINT, 128 + signal.SIGTERM: signal.SIGTERM}.get(code, -code)
+            signum = {128 + heard: heard for heard in SIGNALS}.get(code, -code)  # it saved and left, or was killed
             if signum <= 0:  # it has finished, or an error would come again
                 break
             print(f"killed by signal {signum:d}", file=log, flush=True)

@@ -246,6 +246,16 @@ def test_a_task_that_comes_twice_is_two_tasks(tmp_path):
     assert list(evaluations["label"]) == ["0 push", "0 push", "1 push"] and list(final["tasks"]) == ["0 push + 1 push"]
 
 
+def test_a_run_in_its_first_half_has_the_labels_of_those_whose_tasks_came_twice(tmp_path):
+    rows = [(100, 0, 0, "push", 1.0, 0.5), (200, 1, 1, "reach", 1.0, 0.6), (300, 2, 2, "push", 1.0, 0.7)]
+    done, begun = make_run(tmp_path / "a", rows), make_run(tmp_path / "b", rows[:2], 1, finished=False)
+    evaluations, final = frames_of(begun, done)
+    assert list(evaluations["label"]) == ["0 push", "1 reach", "0 push", "1 reach", "2 push"]
+    assert list(final["tasks"]) == ["0 push + 1 reach", "0 push + 1 reach + 2 push"]
+    means = plot.mean_over_tasks(evaluations, {str(done)})
+    assert means.groupby("run")["success"].first().tolist() == pytest.approx([0.5 / 3, 0.5 / 3])
+
+
 # ---------------------------------------------------------------------------------------------------------- curves
 
 
@@ -387,7 +397,8 @@ def test_the_results_that_are_here_can_be_drawn(name, tmp_path):
 
 def test_what_cannot_be_shown_is_an_error(sweep, tmp_path):
     empty, damaged, foreign = tmp_path / "empty", tmp_path / "damaged", tmp_path / "foreign"
-    for folder, text in ((empty, None), (damaged, "{"), (foreign, '{"model": "bert"}')):
+    many = tmp_path / "many"
+    for folder, text in ((empty, None), (damaged, "{"), (foreign, '{"model": "bert"}'), (many, "[1, 2]")):
         folder.mkdir()
         if text:
             (folder / "config.json").write_text(text)
@@ -402,6 +413,10 @@ def test_what_cannot_be_shown_is_an_error(sweep, tmp_path):
         ({"folders": (sweep, tmp_path / "nowhere")}, "nowhere: holds no run"),
         ({"folders": (damaged,)}, "damaged: no readable run .JSONDecodeError"),
         ({"folders": (foreign,)}, "foreign: no readable run .KeyError"),
+        ({"folders": (many,)}, "many: no readable run .ValueError: no object"),
+        ({"folders": (sweep,), "out": damaged / "config.json" / "x"}, "--out .*config.json"),
+        ({"from_results": tmp_path / "nowhere", "group_by": ("beta",)}, "--group-by: needs the folders"),
+        ({"from_results": tmp_path / "nowhere", "csv": True, "out": None}, "--csv: needs --out"),
         ({"folders": (tmp_path / "new",)}, "new: no evaluation yet"),
         ({"folders": (sweep,), "metrics": ("nothing",)}, "--metrics nothing: not here; there are success per task"),
         ({"folders": (sweep,), "labels": ("one",)}, "--labels one: .*finetune; ssde"),

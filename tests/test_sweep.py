@@ -61,8 +61,8 @@ for step in range(begin + 1, args.steps + 1):
     os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     if stop:
         (folder / "stopped").touch()
-    if stop or (args.mode == "drained" and first and step == 2):
-        sys.exit(143)
+    if stop or (args.mode in ("drained", "warned") and first and step == 2):
+        sys.exit(128 + (signal.SIGUSR1 if args.mode == "warned" else signal.SIGTERM))
     if args.mode == "fails" and step == 2:
         print("stopped: actor is not finite at step 2\\n")
         sys.exit(1)
@@ -192,6 +192,7 @@ def test_a_value_with_a_slash_is_no_folder_and_one_with_a_dot_is_not_cut(fake, f
         ("nbsp.py --env a/b a-b", "", "two runs are called nbsp__env=a-b"),
         ("nbsp.py --quick -- nbsp.py --quick", "", "two runs are called nbsp"),
         ("nbsp.py", "5-1", "--seeds 5-1: must be like"),
+        (f"nbsp.py --task-seq {'reach,' * 50} push", "", "nbsp__task-seq=reach,reach,.*: too long for a file"),
     ],
 )
 def test_what_cannot_be_planned_is_an_error(line, seeds, message):
@@ -212,6 +213,12 @@ def test_a_name_never_changes_its_meaning(tmp_path):
     with pytest.raises(ArgumentError, match=r"nbsp__seed=2: is another run already: nbsp.py --beta 0.3 --seed 2"):
         record("nbsp.py --beta 0.5 --seed 2 4")
     assert (folder / "sweep.json").read_text() == stored
+    (folder / "sweep.json").write_text("{")
+    with pytest.raises(ArgumentError, match=f"--sweep-dir {folder}: "):
+        record("nbsp.py --beta 0.5")
+    folder = folder / "sweep.json"
+    with pytest.raises(ArgumentError, match=f"--sweep-dir {folder}: "):
+        record("nbsp.py --beta 0.5")
 
 
 # --------------------------------------------------------------------------------------------------------- one run
@@ -235,8 +242,10 @@ def test_a_run_is_quiet_in_the_callers_folder_and_leaves_a_log(fake, folder, tmp
         ("plain", 2, 1, "fake.py"),
         ("killed", 2, 2, "fake.py"),
         ("drained", 1, 2, "fake.py"),  # 143 that nobody here asked for
+        ("warned", 1, 2, "fake.py"),  # by Slurm
         ("killed", 0, 1, "killed by signal 9"),
         ("drained", 0, 1, "killed by signal 15"),
+        ("warned", 0, 1, "killed by signal 10"),
         ("always killed", 2, 3, "killed by signal 9"),
         ("fails", 2, 1, "stopped: actor is not finite at step 2"),
         ("usage", 2, 1, "error: --beta 7.0: must be at most 1"),
@@ -410,9 +419,11 @@ def test_a_finished_sweep_has_nothing_to_do(fake, folder, monkeypatch, capsys):
 
 def test_a_bad_command_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     words = ("--sweep-dir", tmp_path / "x")
-    for more in (["--", "nbsp.py", "--resume", "y"], ["--cpus", "0", "--", "nbsp.py"], ["--address", "auto"]):
+    cases = {"--resume: must be left out": ["--", "nbsp.py", "--resume", "y"], "nothing to run": ["--address", "auto"]}
+    cases["--cpus 0.0: must be"] = ["--cpus", "0", "--", "nbsp.py"]
+    for message, more in cases.items():
         code, shown = command(monkeypatch, capsys, *words, *more)
-        assert code == 2 and shown.err.startswith("error: ") and shown.err.count("\n") == 1
+        assert code == 2 and shown.err.startswith("error: ") and shown.err.count("\n") == 1 and message in shown.err
     assert not (tmp_path / "x").exists()
 
 

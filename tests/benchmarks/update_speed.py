@@ -1,15 +1,17 @@
 """Cost of updates, actions and whole training steps: `python tests/benchmarks/update_speed.py [--scripts ssde ...]`.
 
 One row per script and variant. On a CPU times are CPU time, and the variants of a script are timed in turns, so that a
-busy machine changes little. `ratio` is to the script's first variant, its plain base algorithm at the same sizes; `x
-floor` is to the time that the update's matrix products alone would take at the rate of a plain product timed in the
-same turns. Memory is the peak of a process of its own, with a full replay buffer of the default size, after it has
-written a checkpoint. The line above the table gives the machine's matrix product rate, which absolute times depend on.
+busy machine changes little. `ratio` is to the first of the script's variants that were asked for, by default its plain
+base algorithm at the same sizes; `x floor` is to the time that the update's matrix products alone would take at the
+rate of a plain product timed in the same turns. Memory is the peak of a process of its own, with a full replay buffer
+of the default size, after it has written a checkpoint (CleanRL's form has none). The line above the table gives the
+machine's matrix product rate, which absolute times depend on. With several threads times are by the clock.
+
 Rows named CleanRL are SAC and TD3 of the same sizes in the shape of its scripts (plain_sac_td3.py).
 
-`--end-to-end 60` times whole training, in turns of an episode: act, step the environment, add, update, as in the
-script's main loop on its default environment, without evaluations and records. GMP/SET's rows count the steps of all
-ten environments, MST's agent steps, which are two of the simulator.
+`--end-to-end 60` times whole training, in turns of some hundred steps: act, step the environment, add, update, as in
+the script's main loop on its default environment, without evaluations and records. GMP/SET's rows count the steps of
+all ten environments, MST's agent steps, which are two of the simulator.
 
 With `--device cuda` each variant is timed operator by operator (eager), as CUDA graphs (captured, the scripts' default)
 and end to end also with each update begun before the environment's step, which can then run beside it (overlapped). A
@@ -76,7 +78,7 @@ class Case(NamedTuple):
     train: Callable[[int, bool], None]  # so many steps of training; whether overlapped
     updates: int = 1  # that `update` makes: a whole cycle where some updates do more than others
     tasks: int = 1  # environments that a step of training steps
-    turn: int = 200  # steps of training timed at a time: an episode of Meta-World, GMP/SET or dog-run
+    turn: int = 200  # steps of training timed at a time: an episode of Meta-World; GMP/SET and dog-run give their own
 
     def act(self) -> np.ndarray:
         return self.agent.explore(self.obs)
@@ -377,6 +379,8 @@ def chosen_cases(args: Args) -> dict[str, dict[str, Build]]:
     cases |= {"sparse_mtrl_gmp_set": GMP_SET, "mst_rigl": mst_rigl_cases(args)}
     scripts = args.scripts or tuple(cases)
     cases["mst_scale"] = mst_scale_cases()  # hours on a CPU with the default --repeats: only when it is asked for
+    if strangers := set(scripts) - set(cases):
+        sys.exit(f"--scripts: {', '.join(sorted(strangers))}: not one of {', '.join(cases)}")
     cases = {script: cases[script] for script in scripts}
     known = {variant for variants in cases.values() for variant in variants}
     if unknown := set(args.variants) - known:
@@ -393,7 +397,8 @@ WARM_UP = {"cpu": 3, "cuda": 25}  # calls that allocate, and on CUDA capture: NB
 
 def timed(function: Callable[[], object], args: Args) -> float:
     """Milliseconds of one call: by the clock where others work too, else of this thread, which may share its core."""
-    clock = time.perf_counter if args.device == "cuda" or args.workers else time.thread_time
+    several = args.device == "cuda" or args.workers or args.threads > 1
+    clock = time.perf_counter if several else time.thread_time
     start = clock()
     function()
     if args.device == "cuda":
