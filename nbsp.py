@@ -651,7 +651,8 @@ def main(args: Args) -> dict:
         at = restored(at, checkpoint["at"], device)
     random_steps = [args.learning_starts if phase < len(tasks) else 0 for phase in range(args.cycles * len(tasks))]
     idle_steps = [max(steps, args.batch_size - 1) for steps in random_steps]  # before updates: there is a batch
-    phases = [(args.steps_per_task, steps) for steps in idle_steps]  # length, steps without an update
+    lengths = at["phase_steps"] + [args.steps_per_task] * (len(idle_steps) - len(at["phase_steps"]))
+    phases = list(zip(lengths, idle_steps, strict=True))  # length (if not solved before), steps without an update
     recorder = Recorder(args, "nbsp", args.task_seq, tasks, phases, checkpoint)
     recorder.begin(agent, at, checkpoint, agent.parameter_counts())
 
@@ -704,6 +705,7 @@ def main(args: Args) -> dict:
         report_scores(agent, task, measure, recorder, start + step)
         at["scored_by"].append(measure)
         at |= {"phase": phase + 1, "step": 0, "episode": 0, "phase_steps": [*at["phase_steps"], step]}
+        recorder.phase_ended(phase, step)
         recorder.save(start + step, agent, at)
 
     last = {(row["phase"], row["task_index"]): row["success"] for row in recorder.rows}  # of each phase, the last wins

@@ -33,6 +33,8 @@ from tqdm import tqdm
 
 CHECKPOINT, CONFIG, LOCK = "checkpoint.pt", "config.json", ".lock"
 HELD: list[FileLock] = []  # of the folders that this process writes
+# Stop at the end of the episode, with a checkpoint: Ctrl-C, kill, a terminal that closes, Slurm's usual warning.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 FORMAT = 2  # of config.json and checkpoint.pt; raised when an older run can no longer be read
 # What a field may hold. `check_types` enforces it, --help shows the choices of a Literal.
 PositiveInt = Annotated[int, Ge(1)]
@@ -46,9 +48,9 @@ Cycles = Annotated[int, Interval(ge=1, le=1000)]  # of a sequence of tasks: each
 Device = Literal["auto", "cpu", "cuda"]
 # Arguments that do not change what a run computes: free to differ on --resume.
 OUTPUT_ARGS = {"resume", "run_dir", "quiet", "track", "wandb_project", "capture_video", "checkpoint_every"}
-OUTPUT_ARGS |= {"num_workers", "device", "cuda_graph"}  # where it is computed; a device rounds in its own way
+OUTPUT_ARGS |= {"num_workers", "device", "cuda_graph", "torch_threads"}  # where: each machine rounds in its own way
 FLOAT32_MAX = 3.4e38  # what the networks compute with
-EVALUATE_ARGS = ("evaluate", "episodes", "device", "quiet", "capture_video")  # of --evaluate itself
+EVALUATE_ARGS = {"evaluate", "episodes", "device", "torch_threads", "quiet", "capture_video"}  # of --evaluate itself
 BOUNDS = {  # bound -> (does the value keep it, how to say it)
     Ge: (lambda value, bound: value >= bound.ge, lambda bound: f"at least {bound.ge}"),
     Gt: (lambda value, bound: value > bound.gt, lambda bound: f"above {bound.gt}"),
@@ -73,7 +75,7 @@ class NotFiniteError(ArithmeticError):
 
 
 class Interrupted(Exception):
-    """The run stopped on a signal after writing its checkpoint: exit code 128 + signal number."""
+    """The run stopped on a signal and left a checkpoint: exit code 128 + signal number."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -87,18 +89,16 @@ def prepare(args, script: str, presets: dict[str, dict] | None = None):
     """How every `main` begins. -> the arguments, the checkpoint of `--resume` (else None), the device.
 
     presets: values by the argument that asks for them, {"quick": {...}, "preset mrq": {...}}. Where `args` were made in
-    Python, a field that still has its default takes the preset's value, or with `resume` the stored run's.
-    With `evaluate` the arguments are those of the stored run, with the options of the evaluation itself.
-    Raises ArgumentError for whatever is wrong with them.
+    Python, a field that still has its default takes the preset's value, or with `resume` or `evaluate` the stored
+    run's. Raises ArgumentError for whatever is wrong with them.
     """
-    if args.evaluate:
-        own = {name: getattr(args, name) for name in EVALUATE_ARGS}
-        args = dataclasses.replace(args, **stored_args(args.evaluate, type(args)) | own)
-    elif not hasattr(args, "parsed"):
-        args = with_defaults(args, stored_args(args.resume, type(args)) if args.resume else chosen(args, presets or {}))
+    for name in ("resume", "evaluate", "run_dir"):  # of a shell's variable that is not set
+        require(args, name, getattr(args, name) != "", "a folder")
+    stored = stored_defaults(type(args), args.resume, args.evaluate)
+    if not hasattr(args, "parsed"):
+        args = with_defaults(args, stored or chosen(args, presets or {}))
     check_types(args)
-    if args.resume:
-        refuse_contradictions(args, stored_args(args.resume, type(args)))
+    refuse_contradictions(args, stored)
     cores = os.cpu_count() or 1
     require(args, "torch_threads", args.torch_threads <= cores, f"at most the number of cores, {cores}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -134,7 +134,7 @@ def with_defaults(args, values: dict):
 def load_run(run_dir: str, cls: type, script: str):
     """Arguments and checkpoint of a stored run, to play its policy. The tensors stay in the file until they are read.
 
-    The arguments are those of the run but for what it showed. Raises ArgumentError where there is no such run.
+    The arguments are the run's own, with `quiet` and without `capture_video`. Raises ArgumentError where there is none.
     """
     args, checkpoint = cls(**stored_args(run_dir, cls)), load_checkpoint(run_dir, script, mmap=True)
     refuse_foreign(run_dir, args, checkpoint)
@@ -201,10 +201,10 @@ def check_types(args) -> None:
 
 
 def refuse_contradictions(args, stored: dict) -> None:
-    """Raise ArgumentError naming both values where `args` differ from the run that they resume."""
+    """Raise ArgumentError naming both values where `args` differ from the stored run that they resume or evaluate."""
     for name, value in dataclasses.asdict(args).items():
         if name not in OUTPUT_ARGS and name in stored and value != stored[name]:
-            raise ArgumentError(f"{flag(name)} {value}: contradicts the resumed run, which has {stored[name]}")
+            raise ArgumentError(f"{flag(name)} {value}: contradicts the stored run, which has {stored[name]}")
 
 
 def refuse_foreign(run_dir: str, args, checkpoint: dict) -> None:
@@ -257,7 +257,7 @@ class Memory(TorchFunctionMode):
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take, of a GPU or, where Linux tells it, of the machine; else None."""
+    """Bytes that this process may still take at most, of a GPU or, where Linux tells it, of the machine; else None."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = []
@@ -353,6 +353,13 @@ def load_checkpoint(run_dir: str, script: str, mmap: bool = False) -> dict:
 # ------------------------------------------------------------------------------------------------------------ parsing
 
 
+def stored_defaults(cls: type, resume: str | None = None, evaluate: str | None = None) -> dict:
+    """The arguments of the run that is resumed or evaluated, but those that an evaluation has itself; else none."""
+    if evaluate:
+        return {name: value for name, value in stored_args(evaluate, cls).items() if name not in EVALUATE_ARGS}
+    return stored_args(resume, cls) if resume else {}
+
+
 def say(line: str, file=None) -> None:
     """Print a line above the progress bar. No output is worth a run: a stream that is closed or full is let be."""
     stream = file or sys.stdout  # None where the shell closed it
@@ -366,17 +373,18 @@ def parse_args(cls: type, presets: dict[str, dict] | None = None, argv: list[str
     """Parse `argv` into the dataclass `cls` with tyro. Raises ArgumentError for what cannot be parsed.
 
     A preset (`presets["quick"]` for `--quick`, `presets["preset mrq"]` for `--preset mrq`) or the stored arguments of
-    `--resume RUN_DIR` become the defaults, so whatever else is typed wins over a preset and is compared with a stored
-    run (by `prepare`).
+    `--resume RUN_DIR` or `--evaluate RUN_DIR` become the defaults, so whatever else is typed wins over a preset and is
+    compared with a stored run (by `prepare`).
     """
     argv = sys.argv[1:] if argv is None else argv
     defaults, typed = {}, [*argv, *map(" ".join, itertools.pairwise(argv))]
     for name, values in (presets or {}).items():
         if "--" + name in typed or "--" + name.replace(" ", "=") in typed:
             defaults |= values
-    for i, word in enumerate(argv if hasattr(cls, "resume") else []):
-        if word.startswith("--resume=") or (word == "--resume" and i + 1 < len(argv)):
-            defaults = stored_args(word.partition("=")[2] or argv[i + 1], cls)
+    for word, after in itertools.pairwise([*argv, ""]):
+        option, equals, value = word.partition("=")
+        if option in ("--resume", "--evaluate") and hasattr(cls, option[2:]):
+            defaults |= stored_defaults(cls, **{option[2:]: value if equals else after})
     framed, grouped = io.StringIO(), grouped_class(cls, defaults, presets or {})
     try:
         with contextlib.redirect_stderr(framed):
@@ -448,10 +456,10 @@ def run(main, cls: type, presets: dict[str, dict] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (NotFiniteError, RunError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        say(f"stopped: {error}", sys.stderr)
         raise SystemExit(1) from None
     except Interrupted as interrupt:
-        print(interrupt, file=sys.stderr)
+        say(str(interrupt), sys.stderr)
         raise SystemExit(interrupt.exit_code) from None
     except KeyboardInterrupt:  # before there was a run to save, or the second Ctrl-C
         raise SystemExit(128 + signal.SIGINT) from None

@@ -25,7 +25,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
-from common.cli import ArgumentError, NotFiniteError, RunError, read_json, say, words_of
+from common.cli import SIGNALS, ArgumentError, NotFiniteError, RunError, read_json, say, words_of
 from common.descriptions import TASK_DESCRIPTIONS, nearest, task_name
 
 if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
@@ -422,7 +422,8 @@ def check_spaces(env_id: str, env: gym.Env) -> None:
     with np.errstate(all="ignore"):
         spans = np.asarray(action.high, np.float64) - np.asarray(action.low, np.float64)
     if not np.isfinite(spans).all():
-        raise ValueError(f"{env_id!r} has unbounded actions: expected finite bounds; {wrappers}.ClipAction helps")
+        helps = f"{wrappers}.TransformAction with a bounded Box helps"
+        raise ValueError(f"{env_id!r} has unbounded actions: expected finite bounds; {helps}")
 
 
 def make_env(
@@ -546,7 +547,7 @@ class TaskEnvs:
 class WorkerEnvs:
     """The same, spread over processes. Same arguments, same results, where PyTorch flushes denormal numbers.
 
-    The processes never see SIGINT and SIGTERM, which come to a whole group: they end when this one closes them or ends.
+    The processes do not see a run's signals, which come to a whole group: they end when this one closes them or ends.
     """
 
     def __init__(self, tasks: list[str], seeds: list[int], max_episode_steps: int, reward_version: str, workers: int):
@@ -556,7 +557,7 @@ class WorkerEnvs:
         self.patience = 10 * WORKER_SECONDS  # for the imports, on a busy machine
         multiprocessing.resource_tracker.ensure_running()  # comes with the first process and unblocks the signals
         # a child inherits what is blocked; set in the child, it would come after the imports, which take seconds
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             for part in self.parts:
                 pipe, other = context.Pipe()

@@ -31,7 +31,7 @@ from common.recorder import EVALUATIONS, RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 # Arguments that make no group: what changes no result, and `env_id`, since every environment has its own panel and row.
-NO_GROUP = cli.OUTPUT_ARGS | {"seed", "torch_threads", "compile", "evaluate", "episodes", "reference", "env_id"}
+NO_GROUP = cli.OUTPUT_ARGS | {"seed", "compile", "evaluate", "episodes", "reference", "env_id"}
 # What OUT_final.csv says about a run; its other columns are metrics.
 RUN_COLUMNS = ["run", "group", "seed", "script", "tasks", "finished", "global_step", "wall_seconds", "steps_per_second"]
 # Okabe & Ito 2008: told apart with every kind of colour vision; line styles repeat the message in black and white.

@@ -32,8 +32,8 @@ import tyro
 from tqdm import tqdm
 
 from common import cli
-from common.cli import CHECKPOINT, CONFIG, ArgumentError
-from common.recorder import EVALUATIONS, RESULTS, SIGNALS
+from common.cli import CHECKPOINT, CONFIG, SIGNALS, ArgumentError
+from common.recorder import EVALUATIONS, RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
 POLL_SECONDS = 0.2

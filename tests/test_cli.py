@@ -102,15 +102,43 @@ def test_python_is_an_interface_too(tmp_path):
     args, checkpoint, device = cli.prepare(Args(resume=run), "test_cli", PRESETS)
     assert (args.seed, args.lr, args.resume, device.type) == (5, 0.3, run, "cpu")
     assert checkpoint["agent"]["weight"].tolist() == [1, 1, 1]
-    with pytest.raises(ArgumentError, match=r"--lr 0\.2: contradicts the resumed run, which has 0\.3"):
+    with pytest.raises(ArgumentError, match=r"--lr 0\.2: contradicts the stored run, which has 0\.3"):
         prepared(Args(resume=run, lr=0.2))
     assert prepared(Args(resume=run, quiet=False, wandb_project="other")).wandb_project == "other"
 
 
 def test_evaluate_takes_the_stored_arguments_and_its_own_options(tmp_path):
     run = str(run_folder(tmp_path / "run", seed=5, lr=0.3))
-    args, checkpoint, _ = cli.prepare(Args(evaluate=run, episodes=2, seed=8), "test_cli", PRESETS)
+    args, checkpoint, _ = cli.prepare(Args(evaluate=run, episodes=2), "test_cli", PRESETS)
     assert (args.seed, args.lr, args.episodes, args.evaluate, checkpoint) == (5, 0.3, 2, run, None)
+    typed, _, _ = cli.prepare(
+        cli.parse_args(Args, PRESETS, ["--evaluate", run, "--episodes", "2"]), "test_cli", PRESETS
+    )
+    assert typed == args
+    for words in (["--evaluate", run, "--seed", "8"], ["--seed", "8", f"--evaluate={run}"]):
+        with pytest.raises(ArgumentError, match="--seed 8: contradicts the stored run, which has 5"):
+            cli.prepare(cli.parse_args(Args, PRESETS, words), "test_cli", PRESETS)
+    with pytest.raises(ArgumentError, match="--seed 8: contradicts the stored run, which has 5"):
+        cli.prepare(Args(evaluate=run, seed=8), "test_cli", PRESETS)
+
+
+def test_threads_are_those_of_the_machine_and_not_of_the_stored_run(tmp_path):
+    run = str(run_folder(tmp_path / "run", torch_threads=10**6))
+    for name in ("resume", "evaluate"):
+        with pytest.raises(ArgumentError, match="--torch-threads 1000000: must be at most the number of cores"):
+            cli.prepare(Args(**{name: run, "torch_threads": 10**6}), "test_cli", PRESETS)
+        words = [f"--{name}", run, "--torch-threads", "1"]
+        assert cli.prepare(cli.parse_args(Args, PRESETS, words), "test_cli", PRESETS)[0].torch_threads == 1
+        cli.release()
+
+
+@pytest.mark.parametrize("name", ["resume", "evaluate", "run_dir"])
+@pytest.mark.parametrize("form", ["--{} ", "--{}="])
+def test_a_variable_that_is_not_set_is_no_folder(name, form):
+    option, equals, value = form.format(name.replace("_", "-")).partition("=")
+    words = [option + "="] if equals else [option.strip(), value]
+    with pytest.raises(ArgumentError, match=f"--{name.replace('_', '-')} : must be a folder"):
+        cli.prepare(cli.parse_args(Args, PRESETS, words), "test_cli", PRESETS)
 
 
 def test_help_has_groups_choices_defaults_and_presets(monkeypatch, capsys):

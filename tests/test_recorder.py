@@ -511,12 +511,44 @@ def test_a_signal_asks_to_stop_and_the_second_is_not_held_back(tmp_path, signum)
     recorder.leave()
     os.kill(os.getpid(), signum)
     assert recorder.stopped
-    assert {s: signal.getsignal(s) for s in handlers} == handlers
+    for again in (signal.SIGHUP, signal.SIGUSR1):  # a terminal that closes sends two
+        os.kill(os.getpid(), again)
+    assert all(signal.getsignal(s) == handlers[s] for s in (signal.SIGINT, signal.SIGTERM)), "they end at once"
     with pytest.raises(Interrupted) as interrupt:
         recorder.leave()
     assert interrupt.value.exit_code == 128 + signum
+    assert {s: signal.getsignal(s) for s in handlers} == handlers
     command = str(interrupt.value).partition("go on with: ")[2]
     assert shlex.split(command) == ["python", "script.py", "--resume", str(run_dir)], "it can be pasted"
+
+
+def test_a_signal_is_obeyed_where_nobody_reads_what_it_prints(tmp_path):
+    """`2>&1 | tee log`, whose tee ends by the same Ctrl-C."""
+    code = f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import test_recorder as t
+signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+@t.rec.recorded
+def main(args):
+    recorder = t.new_recorder({str(tmp_path / "run")!r}, quiet=False)
+    os.kill(os.getpid(), signal.SIGINT)
+    recorder.save(5, t.Agent(1), {{}})
+    recorder.leave()
+
+t.cli.run(main, t.Nothing)
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=writer, preexec_fn=default_sigint)
+    os.close(writer)
+    assert run.returncode == 130
+    assert load_checkpoint(str(tmp_path / "run"), "script")["record"]["global_step"] == 5
+
+
+def default_sigint():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_signal_does_not_wait_for_an_endless_episode(tmp_path, monkeypatch):
@@ -559,6 +591,7 @@ def test_sighup_stays_ignored_where_it_was(tmp_path):
             OSError(28, "No space left on device"),
             r"^No space left on device: \S*run; last good checkpoint: \S*run/checkpoint.pt, of",
         ),
+        (OSError("ffmpeg failed"), r"^OSError: ffmpeg failed: \S*run; last good checkpoint: \S*run/checkpoint.pt, of"),
         (
             NotFiniteError("loss is not finite at step 7"),
             r"^loss is not finite at step 7; last good checkpoint: .*, of step 5; go on",
@@ -621,8 +654,22 @@ def test_a_disk_that_is_full_before_the_first_checkpoint_is_one_line(tmp_path, m
 
     monkeypatch.setattr(rec.torch if begun else rec.Recorder, "save" if begun else "_write_rows", full)
     with pytest.raises(RunError, match=r"^No space left on device: .*; there is no checkpoint yet$"):
-        main(None)
+        main(Args())
     assert rec.OPEN == [] and cli.HELD == [] and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_disk_that_is_full_at_a_resume_leaves_the_checkpoint_that_is_there(tmp_path):
+    recorder = new_recorder(tmp_path / "run")
+    recorder.save(5, Agent(1), {})
+    rec.OPEN.pop().close()  # that was another process
+
+    @rec.recorded
+    def main(args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    with pytest.raises(RunError, match=f"^No space left on device: {checkpoint.parent}; last good.*: {checkpoint}$"):
+        main(Args(resume=str(tmp_path / "run")))
 
 
 def test_closed_and_full_outputs_cost_nothing(tmp_path, monkeypatch):
@@ -725,6 +772,20 @@ def test_the_time_to_go_knows_that_warm_up_is_cheap(monkeypatch):
     assert progress.pace["learning"] == [201, 181.0]
 
 
+def test_a_phase_that_ends_early_shortens_the_run(tmp_path):
+    recorder = new_recorder(tmp_path / "run", phases=[(1000, 200)] * 4)
+    progress = recorder.progress_line
+    recorder.progress(300)
+    assert progress.left(300) == {"warm-up": 600, "learning": 3100}
+    recorder.phase_ended(0, 300)
+    assert progress.left(300) == {"warm-up": 600, "learning": 2400}
+    assert progress.total == progress.bar.total == 3300
+    recorder.progress(400)
+    recorder.phase_ended(1, 100)  # within its warm-up
+    assert progress.left(400) == {"warm-up": 400, "learning": 1600} and progress.total == 2400
+    recorder.close()
+
+
 def test_many_steps_that_learn_can_be_trusted_after_seconds(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
@@ -809,6 +870,18 @@ def test_the_picture_is_drawn_at_evaluations_and_one_that_fails_costs_a_warning(
     recorder.finish(30, {}, {})
     assert "warning: summary.png could not be drawn (ValueError: no font)" in capsys.readouterr().out
     assert (tmp_path / "run" / "results.json").is_file()
+
+
+@pytest.mark.parametrize(("phases", "lines"), [(1, 3), (2, 2)])
+def test_tasks_that_are_learned_together_have_a_line_for_their_mean(tmp_path, monkeypatch, phases, lines):
+    from matplotlib.axes import Axes
+
+    labels, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *args, **kw: labels.append(kw["label"]) or plot(self, *args, **kw))
+    recorder = new_recorder(tmp_path / "run", phases=[(100, 10)] * phases)
+    evaluate(recorder, 10, (0, 1))  # the first of two phases is not all of them
+    recorder._draw()
+    assert labels == ["0 a", "1 b", "mean"][:lines]
 
 
 def test_random_state_goes_on_where_it_was():

@@ -93,7 +93,7 @@ def test_every_file_that_a_page_names_is_there():
 def test_a_run_may_go_on_on_another_device(name):
     args = SCRIPTS[name].Args
     cli.refuse_contradictions(args(device="cpu"), dataclasses.asdict(args(device="cuda")))
-    with pytest.raises(ArgumentError, match="--seed 2: contradicts the resumed run, which has 3"):
+    with pytest.raises(ArgumentError, match="--seed 2: contradicts the stored run, which has 3"):
         cli.refuse_contradictions(args(seed=2), dataclasses.asdict(args(seed=3)))
 
 
