@@ -71,7 +71,7 @@ PRE_ACTIVATION_WEIGHT = 1e-5
 
 PRIORITY_BLOCK = 250  # rows whose priorities are summed first, see `sample_rows`
 LOG_EVERY = 1000  # agent steps between two points of the loss curves
-METRIC_BATCH = 1000  # recent steps on which plasticity is measured, at width 1
+METRIC_BATCH = 1000  # recent rows of the replay buffer on which plasticity is measured, at width 1
 TRAIN_EPISODES, EVAL_EPISODES = 1, 2  # streams of random numbers, see `seed_of`
 
 MRQ = {"encoder_type": 4, "critic_type": 4, "actor_type": 3, "critic_regime": "dense", "actor_regime": "dense"}
@@ -112,13 +112,13 @@ class Args:
 
     action_repeat: PositiveInt | None = None  # environment steps per agent step; default 2 in dm_control, else 1 (MR.Q)
     env_kwargs: str = ""  # JSON, further arguments of a Gymnasium environment's constructor: '{"xml_file": "my.xml"}'
-    max_episode_steps: PositiveInt | None = None  # default the environment's own limit, 10 000 where it has none
+    max_episode_steps: PositiveInt | None = None  # environment steps; default its own limit, 10 000 without one
     eval_every: PositiveInt = 5000  # agent steps between evaluations; the end of the run is always evaluated
     eval_episodes: PositiveInt = 10  # deterministic episodes per evaluation
 
     # --- MR.Q ---
 
-    buffer_size: Annotated[int, Gt(10)] = 1_000_000  # replay capacity, transitions
+    buffer_size: Annotated[int, Gt(10)] = 1_000_000  # replay capacity, steps; each episode's end takes one
     batch_size: PositiveInt = 256  # sub-trajectories per update; one update of critics and actor per agent step
     learning_starts: Annotated[int, Gt(10)] = 10_000  # uniformly random steps before the first update
     gamma: Fraction = 0.99  # discount
@@ -746,10 +746,17 @@ def main(args: Args) -> dict:
         return evaluate_stored(args, tasks, [0], lambda _: policy, make_task, EVAL_EPISODES)[0]
     below = f"below --total-steps {args.total_steps}"
     require(args, "learning_starts", args.learning_starts < args.total_steps, below)
+    fewest = (ENCODER_HORIZON - 1) * args.action_repeat + 1
+    enough = args.max_episode_steps is None or args.max_episode_steps >= fewest
+    allowed = f"at least {fewest}: the encoder learns from {ENCODER_HORIZON} agent steps"
+    require(args, "max_episode_steps", enough, allowed)
 
     obs_dim, act_dim = env_sizes(args.env_id, args)
     with cli.Memory(device, args.batch_size):
         agent, at = Agent(args, obs_dim, act_dim, device), {"step": 0, "episode": 0}
+    for name, topology in agent.topologies.items():
+        linked = all(mask.any() for mask in topology.masks.values())
+        require(args, f"{name}_sparsity", linked, f"lower: a layer of the {name} gets no connection")
     if checkpoint:
         restored(agent, checkpoint.pop("agent"), device)  # pop: the buffer's second copy is not kept
         at = restored(at, checkpoint["at"], device)
@@ -783,7 +790,8 @@ def main(args: Args) -> dict:
             step += 1
             if step <= args.learning_starts:
                 continue
-            if agent.updates == 0 and not agent.replay.data["priority"].any():
+            cut_short = done and step - first_step < ENCODER_HORIZON
+            if (agent.updates == 0 or cut_short) and not agent.replay.data["priority"].any():
                 recorder.close()
                 few = f"no episode has {ENCODER_HORIZON} agent steps, of which the encoder learns"
                 raise cli.ArgumentError(f"--env-id {args.env_id} --action-repeat {args.action_repeat}: {few}")

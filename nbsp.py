@@ -561,7 +561,9 @@ def load_actor(run_dir: str) -> tuple[Args, Actor]:
 def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarray]:
     """The policy of a stored run on a task of its cycle: observation (39,) of any float type -> action (4,) float32."""
     args, actor = load_actor(run_dir)
-    return policy(actor, one_hots(args, cycle_of(args))[task])
+    tasks = cycle_of(args)
+    cli.require_task(run_dir, task, len(tasks))
+    return policy(actor, one_hots(args, tasks)[task])
 
 
 def score_rollout(actor: Actor, args: Args, env: gym.Env, task: int, stop: Callable[[], bool]) -> dict | None:

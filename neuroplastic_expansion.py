@@ -72,7 +72,7 @@ from common.cli import Device, Fraction, NonNegativeFloat, NonNegativeInt, Posit
 from common.envs import canonical, env_options, env_sizes, make_env, seed_of
 from common.recorder import Recorder, evaluate_stored, recorded, restored
 
-LOG_EVERY = 1000  # environment steps between two points of the loss curves
+LOG_EVERY = 1000  # updates between two points of the loss curves, each at one that trains the actor
 METRIC_BATCH = 1000  # recent transitions on which plasticity, and the review's dormant ratio, are measured
 # Second words of numpy seed sequences: independent streams for the starts of episodes and for the method's own draws.
 TRAIN_EPISODES, EVAL_EPISODES, METHOD = 1, 2, 3
@@ -480,15 +480,20 @@ class Agent:
 
     # -------------------------------------------------------------------------------------------------- training
 
-    def update(self, logged: bool = False) -> None:
+    @property
+    def logged(self) -> bool:
+        """Whether `main` logs the latest update, losses and gradients: one in `LOG_EVERY`, which trains the actor."""
+        delay = self.args.policy_delay
+        return self.updates % delay == 0 and self.updates % LOG_EVERY < delay
+
+    def update(self) -> None:
         """One update of the critics and, every `policy_delay`-th time, of actor and targets; `losses` has the latest.
 
-        logged: its gradients are asked for. Nothing waits for the device but topology updates and measurements of the
-        dormant ratio, which are rare.
+        Nothing waits for the device but topology updates and measurements of the dormant ratio, which are rare.
         """
         self.updates += 1
         self.replay.draw_from(self.review.oldest() if self.review else 1.0)
-        self.captured(self.updates % self.args.policy_delay == 0, eager=logged)
+        self.captured(self.updates % self.args.policy_delay == 0, eager=self.logged)
         if self.review and self.updates % self.args.review_every == 0:
             self.review.measure(self.dormant_of_critics())
 
@@ -591,13 +596,14 @@ class PadSpaces(gym.Wrapper):
 
 def visits_of(args: Args) -> list[str]:
     """The environment of each visit: one, or the whole sequence as often as it goes round."""
-    visits = [canonical(task) for task in (args.task_seq or args.env_id).split(",")]
-    return visits * args.cycles if args.task_seq else visits
+    if args.task_seq is None:
+        return [canonical(args.env_id)]
+    return [canonical(task) for task in args.task_seq.split(",")] * args.cycles
 
 
 def sizes_of(args: Args) -> dict[str, tuple[int, int]]:
     """Observation and action dimension of each task, in the order of the first visits."""
-    flag = "--task-seq" if args.task_seq else "--env-id"
+    flag = "--env-id" if args.task_seq is None else "--task-seq"
     return {task: env_sizes(task, args, flag) for task in dict.fromkeys(visits_of(args))}
 
 
@@ -606,6 +612,7 @@ def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarra
     """The policy of a stored run on one of its tasks: an observation (obs_dim,) -> the action (act_dim,), float32."""
     args, checkpoint = cli.load_run(run_dir, Args, "neuroplastic_expansion")
     sizes = list(sizes_of(args).values())
+    cli.require_task(run_dir, task, len(sizes))
     obs_dim, act_dim = (max(dims) for dims in zip(*sizes, strict=True))
     actor = Actor(obs_dim, act_dim, args.hidden_dim)
     actor.load_state_dict(checkpoint["agent"]["actor"])
@@ -634,8 +641,8 @@ def warn_of_long_intervals(agent: Agent, recorder: Recorder, total_updates: int)
         if topology.growth != "none" and topology.every > topology.until / 4:
             steps = -(-topology.until // topology.every)
             recorder.say(f"warning: growth in {steps} large step(s): --topology-every {args.topology_every}")
-    if agent.review and 2 * args.review_every > total_updates:
-        recorder.say(f"warning: no review without two measurements: --review-every {args.review_every}")
+    if agent.review and 2 * args.review_every >= total_updates:
+        recorder.say(f"warning: no review without updates after two measurements: --review-every {args.review_every}")
 
 
 def final_metrics(agent: Agent, rows: list[dict], visits: list[str]) -> dict[str, float | list[float]]:
@@ -674,10 +681,10 @@ def main(args: Args) -> dict:
 
     phases, label = [(args.steps_per_task, args.learning_starts)] * len(visits), args.task_seq or args.env_id
     recorder = Recorder(args, "neuroplastic_expansion", label, tasks, phases, checkpoint)
-    recorder.begin(agent, at, checkpoint, agent.parameter_counts())
     if not checkpoint:
-        recorder.log(0, agent.method_scalars())
-        warn_of_long_intervals(agent, recorder, total_updates)
+        recorder.log(0, agent.method_scalars())  # the first checkpoint holds them
+    recorder.begin(agent, at, checkpoint, agent.parameter_counts())
+    warn_of_long_intervals(agent, recorder, total_updates)
 
     for phase in range(at["phase"], len(visits)):
         task, start, step, episode = visits[phase], phase * args.steps_per_task, at["step"], at["episode"]
@@ -710,8 +717,8 @@ def main(args: Args) -> dict:
                 obs, done = next_obs, terminated or truncated
                 step, length, episode_return = step + 1, length + 1, episode_return + reward
                 if step > args.learning_starts:
-                    agent.update(logged=step % LOG_EVERY == 0)
-                    if step % LOG_EVERY == 0:
+                    agent.update()
+                    if agent.logged:
                         recorder.losses(start + step, agent.losses)
                         recorder.log(start + step, metrics.grad_norms(actor=agent.actor, critic=agent.critic.twins[0]))
                         recorder.log(start + step, agent.method_scalars())

@@ -21,7 +21,7 @@ Copy GMP and SET: `gmp_sparsity`, `drop_smallest`, `prune`, `evolve`, `erdos_ren
     optimizer.step()
     sparse.after_step()
 
-Copy ReDo: `clear`, `recycle` (43 lines; tests/transplants/gmp_set_ppo.py does it).
+Copy ReDo: `clear`, `recycle` (48 lines; tests/transplants/gmp_set_ppo.py does it).
 
     python sparse_mtrl_gmp_set.py --quick                          # three easy tasks, small networks: minutes
     python sparse_mtrl_gmp_set.py --benchmark mt10                 # the paper's best: GMP on the actor, 20 M steps
@@ -211,7 +211,7 @@ class SparseLayers:
     expert or task (copies, inputs, outputs), where each copy counts as a layer. every: updates between new masks.
     """
 
-    STATE = ("masks", "updates")  # what a checkpoint holds
+    STATE = ("masks", "updates")  # what a checkpoint holds: assign them, and load the weights after making this
 
     def __init__(self, layers, optimizer: torch.optim.Optimizer, every: int):
         self.weights, self.optimizer, self.every, self.updates = [layer.weight for layer in layers], optimizer, every, 0
@@ -220,7 +220,8 @@ class SparseLayers:
     def before_step(self) -> None:
         """Between `backward` and the clip of the gradient's norm: with a gradient of 0 Adam leaves a 0 alone."""
         for weight, mask in zip(self.weights, self.masks, strict=True):
-            weight.grad.mul_(mask)
+            if weight.grad is not None:
+                weight.grad.mul_(mask)
 
     def after_step(self) -> None:
         """Once after each optimizer step: new masks if due. Evaluate GMP after it, SET before: what SET moved is 0."""
@@ -230,6 +231,8 @@ class SparseLayers:
 
     def set_masks(self, masks: list[Tensor]) -> None:
         """What is missing becomes 0, in weights and moments, so what grows there later starts from 0."""
+        if not all(mask.any() for mask in masks):
+            warnings.warn(f"{type(self).__name__} left a layer without connections", stacklevel=3)
         for old, new in zip(matrices(self.masks), masks, strict=True):
             old.copy_(new)
         for weight, mask in zip(self.weights, self.masks, strict=True):
@@ -237,19 +240,16 @@ class SparseLayers:
 
 
 class GMP(SparseLayers):
-    """Gradual magnitude pruning (Zhu & Gupta 2017). total_updates: of the whole run; local: |w| is ranked by layer."""
+    """Gradual magnitude pruning (Zhu & Gupta 2017). total_updates: of the whole run; local: rank |w| layer by layer."""
 
     def __init__(self, layers, optimizer, total_updates, sparsity=0.95, start=0.05, until=0.8, every=5000, local=False):
         super().__init__(layers, optimizer, every)
-        assert total_updates // every * every >= until * total_updates, "no pruning step at the final sparsity"
+        assert start < until <= total_updates // every * every / total_updates, "no pruning step at the final sparsity"
         self.schedule, self.local = (total_updates, start, until, sparsity), local
 
     def next_masks(self, weights: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
         groups = [([w], [m]) for w, m in zip(weights, masks, strict=True)] if self.local else [(weights, masks)]
-        masks = [mask for group in groups for mask in prune(*group, gmp_sparsity(self.updates, *self.schedule))]
-        if not all(mask.any() for mask in masks):
-            warnings.warn("GMP left a layer without connections; local=True ranks each layer by itself", stacklevel=3)
-        return masks
+        return [mask for group in groups for mask in prune(*group, gmp_sparsity(self.updates, *self.schedule))]
 
 
 class SET(SparseLayers):
@@ -275,24 +275,29 @@ def recycle(levels: list, optimizer, forward: Callable, threshold: float, masks:
     A unit is dormant if its mean |h| is at most threshold times the mean over its level's connected units. Its incoming
     weights are drawn anew (He-uniform), where they exist; its bias, its outgoing weights and their moments become 0.
 
-    levels: layers in order, as in `SparseLayers`; only the last may be a list, of several that read the same units:
-    [conv, fc, [fc_mean, fc_logstd]]. Its outputs are not units. forward: runs them on a batch, `lambda: actor(obs)`.
+    levels: layers in order, as in `SparseLayers`, each of which reads the one before and nothing else; only the last
+    may be a list, of several that read the same units: [conv, fc, [fc_mean, fc_logstd]]. Its outputs are not units.
+    forward: runs them on a batch, `lambda: actor(obs)`.
     masks: {weight: boolean, its shape} of those with missing connections, `dict(zip(sparse.weights, sparse.masks))`.
     """
     levels, masks = [level if isinstance(level, list) else [level] for level in levels], masks or {}
     inputs: dict = {reader: [] for readers in levels[1:] for reader in readers}
     hooks = [r.register_forward_pre_hook(lambda layer, read: inputs[layer].append(read[0].abs())) for r in inputs]
-    forward()
-    for hook in hooks:
-        hook.remove()
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
     dormant = []  # boolean (copies, units) for each level; copies: 1, or the experts
     for (layer,), readers in pairwise(levels):
         mask = masks.get(layer.weight, torch.ones_like(layer.weight, dtype=torch.bool))
         connected = mask.any(1) if mask.dim() == 3 else mask.flatten(1).any(1)[None]
         copies, units = connected.shape
         # a convolution's unit is a channel, read by a convolution or, flattened, by a linear layer
-        seen = [x for reader in readers for x in inputs[reader]]
-        seen = [x.flatten(2).mean(2) if x.dim() > 3 else x.unflatten(-1, (units, -1)).mean(-1) for x in seen]
+        fits = layer.weight.dim() > 3 or all(reader.weight.shape[1] == units for reader in readers)
+        assert fits, "a layer reads something else than the units of the one before"
+        seen = [(reader.weight.dim() > 3, x) for reader in readers for x in inputs[reader]]
+        seen = [x.flatten(2).mean(2) if conv else x.unflatten(-1, (units, -1)).mean(-1) for conv, x in seen]
         magnitude = torch.cat([x.reshape(copies, -1, units) for x in seen], 1).mean(1)
         dormant.append((magnitude <= threshold * magnitude[connected].mean()) & connected)
     for (layer,), units in zip(levels[:-1], dormant, strict=True):
@@ -796,7 +801,9 @@ def load_actor(run_dir: str) -> Actor:
 
 def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarray]:
     """The policy of a stored run on one of its tasks: an observation (obs_dim,) -> the mean's action (act_dim,)."""
-    return partial(load_actor(run_dir).act, task=task)
+    actor = load_actor(run_dir)
+    cli.require_task(run_dir, task, len(actor.heads.weight))
+    return partial(actor.act, task=task)
 
 
 @recorded

@@ -664,8 +664,7 @@ def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarra
     """The policy of a stored run on a task of its sequence: observation (39,) of any float type -> action (4,)."""
     args, checkpoint = cli.load_run(run_dir, Args, "ssde")
     state = checkpoint["agent"]
-    if not 0 <= task <= state["task"]:
-        raise cli.ArgumentError(f"{run_dir}: has no task {task}; it has begun tasks 0 to {state['task']}")
+    cli.require_task(run_dir, task, state["task"] + 1)  # those that have begun
     (_, inputs), (outputs, _) = state["actor"]["hidden.0.weight"].shape, state["actor"]["mean.weight"].shape
     policy = Actor(inputs, outputs, args.hidden_dim, args.hidden_layers, args.bounded_mean)
     policy.load_state_dict(state["actor"])

@@ -141,6 +141,12 @@ def load_run(run_dir: str, cls: type, script: str):
     return dataclasses.replace(args, quiet=True, capture_video=False), checkpoint
 
 
+def require_task(run_dir: str, task: int, tasks: int) -> None:
+    """Raise ArgumentError unless a stored run has this one of its tasks."""
+    if not 0 <= task < tasks:
+        raise ArgumentError(f"{run_dir}: has no task {task}; it has tasks 0 to {tasks - 1}")
+
+
 def loader(load):
     """Decorator of a function that loads a policy from `run_dir`, its first argument: what does not fit is one line."""
 

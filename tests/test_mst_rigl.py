@@ -17,6 +17,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -1084,6 +1085,48 @@ def test_episodes_that_are_too_short_for_the_encoder_are_refused(tmp_path):
     with pytest.raises(ArgumentError, match="--action-repeat 250: no episode has 5 agent steps"):
         mst_rigl.main(Args(**options))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_limit_below_the_encoders_horizon_is_refused_before_anything_is_written(tmp_path):
+    options = TINY | {"run_dir": str(tmp_path / "run")}
+    for repeat, fewest in ((1, 5), (3, 13)):
+        with pytest.raises(ArgumentError, match=f"--max-episode-steps {fewest - 1}: must be at least {fewest}: "):
+            mst_rigl.main(Args(**options, action_repeat=repeat, max_episode_steps=fewest - 1))
+    assert not (tmp_path / "run").exists()
+    env, steps = mst_rigl.make_env("Hopper-v5", action_repeat=3, max_episode_steps=13), 0
+    env.reset(seed=1)
+    while not any(env.step(np.zeros(3, np.float32))[2:4]):
+        steps += 1
+    assert steps + 1 == mst_rigl.ENCODER_HORIZON  # 13 is enough
+    env.close()
+
+
+def test_a_buffer_that_holds_short_episodes_only_is_one_line(tmp_path, monkeypatch):
+    """Episodes that terminate can be learned from; once they last to a time limit of four steps, none can."""
+
+    class Short(gym.Wrapper):
+        episodes = 0
+
+        def reset(self, **options):
+            self.steps, Short.episodes = 0, Short.episodes + 1
+            return self.env.reset(**options)
+
+        def step(self, action):
+            obs, reward, *_ = self.env.step(action)
+            self.steps += 1
+            ends = self.steps == 4
+            return obs, reward, ends and Short.episodes < 60, ends and Short.episodes >= 60, {}
+
+    make_env = mst_rigl.make_env
+    monkeypatch.setattr(mst_rigl, "make_env", lambda *args, **options: Short(make_env(*args, **options)))
+    with pytest.raises(ArgumentError, match="no episode has 5 agent steps"):
+        mst_rigl.main(Args(**(TINY | {"total_steps": 2000, "eval_every": 2000}), run_dir=str(tmp_path / "run")))
+    assert load_checkpoint(str(tmp_path / "run"), "mst_rigl")["at"]["step"] == 0
+
+
+def test_a_layer_without_connections_is_refused(tmp_path):
+    with pytest.raises(ArgumentError, match=r"--critic-sparsity 0\.9999: must be lower: a layer of the critic gets no"):
+        mst_rigl.main(Args(**TINY, critic_sparsity=0.9999, run_dir=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(("every", "modules"), [(224, []), (225, ["critic"])])

@@ -963,6 +963,9 @@ def test_a_stored_policy_plays_as_in_the_run(toy, tmp_path, monkeypatch, one_hot
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
     actor = Agent(Args(**(toy | {"task_one_hot": one_hot})), 6 if one_hot else 4, 2, CPU).actor
     actor.load_state_dict(weights)
+    for task in (-1, 2):
+        with pytest.raises(ArgumentError, match=f"has no task {task}; it has tasks 0 to 1"):
+            nbsp.load_policy(run_dir, task)
     for task in range(2):
         play, obs = nbsp.load_policy(run_dir, task), np.random.default_rng(0).standard_normal(4)
         shown = torch.tensor([*obs, *([task == 0, task == 1] if one_hot else [])], dtype=torch.float32)

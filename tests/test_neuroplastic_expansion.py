@@ -701,7 +701,8 @@ def test_compile_compiles_both_losses_and_learns_the_same(monkeypatch):
     ("changes", "warning"),
     [
         ({"topology_every": 200}, "growth in 2 large step"),
-        ({"review_every": 300}, "no review without two measurements"),
+        ({"review_every": 200}, "no review without updates after two measurements"),
+        ({"review_every": 199}, None),
         ({"method": "td3", "topology_every": 200, "review_every": 300}, None),
         ({}, None),
     ],
@@ -713,6 +714,38 @@ def test_what_a_short_budget_never_reaches_is_said(changes, warning):
     said = Said()
     ne.warn_of_long_intervals(make_agent(**changes), said, 400)
     assert [warning in line for line in said] == [True] if warning else said == []
+
+
+@pytest.mark.parametrize("delay", [1, 2, 3, 7])
+def test_what_is_logged_is_of_updates_that_train_the_actor(monkeypatch, delay):
+    monkeypatch.setattr(ne, "LOG_EVERY", 10)
+    agent, logged = make_agent(policy_delay=delay), []
+    for update in range(1, 61):
+        before = [p.clone() for p in agent.actor.parameters()]
+        agent.update()
+        trained = any(not torch.equal(p, old) for p, old in zip(agent.actor.parameters(), before, strict=True))
+        assert trained == (update % delay == 0)
+        if agent.logged:
+            logged.append(update)
+            assert trained and agent.actor[0].weight.grad is not None
+    due = [next(u for u in range(start, start + delay) if u % delay == 0) for start in range(10, 60, 10)]
+    assert [update for update in logged if 10 <= update < 60] == due
+
+
+def test_visits_are_one_environment_or_a_sequence():
+    visits = {
+        (): ["HalfCheetah-v5"],
+        ("env_id", "Ant-v5"): ["Ant-v5"],
+        ("env_id", "Hopper-v5,Ant-v5"): ["Hopper-v5,Ant-v5"],  # no environment: refused where it is made
+        ("task_seq", "Hopper-v5,Ant-v5"): ["Hopper-v5", "Ant-v5"] * 2,
+        ("task_seq", ""): [""] * 2,  # a shell's variable that is not set: refused too
+    }
+    for option, expected in visits.items():
+        assert ne.visits_of(Args(cycles=2, **dict([option] if option else []))) == expected
+    with pytest.raises(cli.ArgumentError, match="--task-seq"):
+        ne.sizes_of(Args(task_seq=""))
+    with pytest.raises(cli.ArgumentError, match="--env-id Hopper-v5,Ant-v5"):
+        ne.sizes_of(Args(env_id="Hopper-v5,Ant-v5"))
 
 
 def test_static_masks_never_change_and_final_density_is_the_limit():
@@ -774,6 +807,9 @@ def test_a_sequence_of_tasks_is_padded_and_visited_in_turn(tmp_path, monkeypatch
     assert [row for row in rows if row[0] % 300 == 0] == ends and all(row[2] == row[1] % 2 for row in between)
 
     policies = [ne.load_policy(str(tmp_path / "whole"), task) for task in range(2)]
+    for task in (-1, 2):
+        with pytest.raises(cli.ArgumentError, match=f"has no task {task}; it has tasks 0 to 1"):
+            ne.load_policy(str(tmp_path / "whole"), task)
     assert [policy(np.zeros(n)).shape for policy, n in zip(policies, (11, 4), strict=True)] == [(3,), (1,)]
     one, two = policies[1](np.ones(4)), policies[0](np.r_[np.ones(4), np.zeros(7)])
     assert one == two[:1]  # one network, zeros behind the pendulum's observation
@@ -864,6 +900,8 @@ def assert_same_run(one: Path, two: Path) -> None:
     for key in ("agent", "at", "random"):
         assert_same_tensors(first[key], second[key], key)
     assert_same_tensors(first["record"]["rows"], second["record"]["rows"])
+    for net, curve in first["record"]["curves"]["density"].items():  # `LOG_EVERY` may differ, step 0 is always there
+        assert curve[0] == second["record"]["curves"]["density"][net][0] and curve[0][0] == 0
     assert (one / "evaluations.csv").read_bytes() == (two / "evaluations.csv").read_bytes()
     results = [json.loads((run / "results.json").read_text()) for run in (one, two)]
     for name in ("metrics", "tasks", "global_step", "parameters"):

@@ -1187,6 +1187,9 @@ def test_load_policy_acts_as_the_trained_actor_for_each_task(finished_run, monke
             action = policy(obs.astype(dtype))
             assert action.dtype == np.float32 and action.shape == (ACT_DIM,)
             np.testing.assert_allclose(action, expected, atol=1e-3 if dtype == np.float16 else 1e-6)
+    for task in (-1, 3):
+        with pytest.raises(cli.ArgumentError, match=f"has no task {task}; it has tasks 0 to 2"):
+            script.load_policy(str(finished_run["run_dir"]), task)
     first = script.load_policy(str(finished_run["run_dir"]))
     assert not np.array_equal(first(obs), policy(obs))
 

@@ -851,7 +851,7 @@ def test_a_stored_policy_plays_as_in_the_run(toy, tmp_path, method, capsys):
         actions.append(play(obs))
         np.testing.assert_allclose(play(obs.astype(np.float32)), actions[-1], rtol=1e-5)
     assert np.array_equal(actions[0], actions[2]) == (method == "finetune")
-    with pytest.raises(ArgumentError, match="has no task 3; it has begun tasks 0 to 2"):
+    with pytest.raises(ArgumentError, match="has no task 3; it has tasks 0 to 2"):
         ssde.load_policy(run_dir, 3)
 
 

@@ -4,10 +4,10 @@
     python tests/transplants/mtppo_minigrid.py --tasks mt5 --critic-epochs 8     # dense, with a critic that is trained
 
 The paper's base is MOORE's code for MiniGrid (arXiv 2311.11385): an actor and a critic of the same shape, three shared
-convolutions and a head per task. An epoch is 2000 steps of every task and one fit. Its critic makes a single step per
-epoch, on all samples; with --critic-epochs it passes over minibatches as the actor does. The lines marked "# GMP, SET"
-are ours; both count the actor's updates, for the critic too, and act at the end of an epoch, as the paper's 500 and
-2000 timesteps can. The paper's SET is --sparse-layers heads. The files of a run count the steps of all tasks together.
+convolutions and a head per task. An epoch is 2000 steps of every task and one fit, in which the critic makes a single
+step, on all samples (--critic-epochs: passes over minibatches). The lines marked "# GMP, SET" are ours; both count the
+actor's updates, for the critic too, and act once per epoch, as the paper's 500 and 2000 timesteps can. The paper's SET
+is --sparse-layers heads. The files of a run count the steps of all tasks together.
 
 Where we differ from MOORE's code: a minibatch has 256 samples of each task, not 1280 of all together; episodes are
 seeded by run, task and number, so evaluations see the same layouts every time; one evaluation in ten epochs.
@@ -191,11 +191,10 @@ def minibatches(tasks, steps, size, passes):
 
 class Agent:
     def __init__(self, args, tasks):
-        self.args, self.updates = args, 0
+        self.args, self.updates, self.sparse = args, 0, []  # sparse: GMP or SET of the actor, of the critic
         self.networks = {"actor": Network(tasks, ACTIONS), "critic": Network(tasks, 1)}
         self.actor, self.critic = self.networks.values()
         self.optimizers = [torch.optim.Adam(n.parameters(), LEARNING_RATE, fused=True) for n in self.networks.values()]
-        self.sparse = []  # GMP, SET
         total = args.epochs * args.actor_epochs * math.ceil(args.epoch_steps / args.minibatch)  # GMP, SET
         for network, optimizer in zip(self.networks.values(), self.optimizers, strict=True):  # GMP, SET
             layers = list(network.children())  # GMP, SET
@@ -218,8 +217,7 @@ class Agent:
         """One fit to a rollout; returns what there is to log."""
         args = self.args
         obs, next_obs, actions, rewards, terminated, truncated = map(torch.from_numpy, data)
-        obs, (tasks, steps) = obs.float(), rewards.shape
-        rows = torch.arange(tasks)[:, None]
+        obs, rows, (tasks, steps) = obs.float(), torch.arange(len(obs))[:, None], rewards.shape
         with torch.no_grad():
             values, next_values = self.critic(obs)[..., 0], self.critic(next_obs.float())[..., 0]
             old_log_prob = log_prob(self.actor(obs), actions)
@@ -229,10 +227,12 @@ class Agent:
         for b in minibatches(tasks, steps, size, args.critic_epochs):
             self.step(1, F.mse_loss(self.critic(obs[rows, b])[..., 0], returns[rows, b]))
         for b in minibatches(tasks, steps, args.minibatch, args.actor_epochs):
+            for sparse in self.sparse if self.updates and args.method == "set" else ():  # GMP, SET: a rollout would
+                sparse.after_step()  # GMP, SET: play connections that were not trained yet
             batch = (x[rows, b] for x in (actions, old_log_prob, advantages))
             self.step(0, actor_loss(self.actor(obs[rows, b]), *batch))
             self.updates += 1
-            for sparse in self.sparse:  # GMP, SET
+            for sparse in self.sparse if args.method == "gmp" else ():  # GMP, SET
                 sparse.after_step()  # GMP, SET
         return {"explained_variance": float(1 - (returns - values).var() / returns.var())}
 

@@ -184,6 +184,28 @@ def test_a_layer_that_lost_all_is_one_warning(monkeypatch):
     assert not agent.conv1.weight.any()
 
 
+def test_set_that_begins_with_an_empty_layer_says_so():
+    layers = [nn.Linear(4, 4), nn.Linear(400, 400)]
+    with pytest.warns(UserWarning, match="SET left a layer without connections"):
+        ppo.gmp_set.SET(layers, torch.optim.Adam([p for layer in layers for p in layer.parameters()]), 0.99999)
+
+
+def test_a_layer_that_got_no_gradient_is_let_be():
+    used, frozen = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = torch.optim.Adam([*used.parameters(), *frozen.parameters()])
+    sparse = ppo.gmp_set.SET([used, frozen], optimizer, 0.5)
+    used(torch.ones(1, 3)).sum().backward()
+    sparse.before_step()
+    assert torch.equal(used.weight.grad != 0, sparse.masks[0]) and frozen.weight.grad is None
+
+
+@pytest.mark.parametrize(("start", "until"), [(0.5, 0.5), (0.9, 0.5), (0.5, 1.0)])
+def test_pruning_needs_some_time_and_a_step_at_its_end(start, until):
+    layer = nn.Linear(3, 2)
+    with pytest.raises(AssertionError, match="no pruning step at the final sparsity"):
+        ppo.gmp_set.GMP([layer], torch.optim.Adam(layer.parameters()), 95, start=start, until=until, every=10)
+
+
 @pytest.mark.parametrize(
     ("optimizer_class", "numbers"),
     [(torch.optim.AdamW, {"weight_decay": 0.1, "amsgrad": True}), (torch.optim.SGD, {"momentum": 0.9})],
@@ -303,6 +325,36 @@ def test_redo_with_a_threshold_and_a_head_module_for_each_task():
     assert ppo.redo.recycle([trunk, heads], optimizer, forward, 0.1) == sum(dormant)
     for head in heads:
         assert (head.weight[:, 2] == 0).all() and (head.weight[:, 1] != 0).all()
+
+
+def test_redo_refuses_a_layer_that_reads_more_than_the_one_before():
+    """Joined with something of the same width, the units would be counted in pairs and the wrong ones reset."""
+    first, second = nn.Linear(4, 6), nn.Linear(12, 6)
+    optimizer, x = torch.optim.Adam([*first.parameters(), *second.parameters()]), torch.rand(8, 4)
+    weight = first.weight.clone()
+    with pytest.raises(AssertionError, match="reads something else than the units of the one before"):
+        forward = lambda: second(torch.cat([F.relu(first(x)), torch.zeros(8, 6)], 1))  # noqa: E731
+        ppo.redo.recycle([first, second], optimizer, forward, 0.1)
+    assert torch.equal(first.weight, weight)
+
+
+@pytest.mark.parametrize("shape", [(32,), (4, 8), (2, 4, 2, 2)])
+def test_redo_takes_batches_of_any_shape_and_leaves_no_hook_behind(shape):
+    torch.manual_seed(0)
+    first, second = nn.Linear(4, 6), nn.Linear(6, 2)
+    first.weight.data[[1, 4]], first.bias.data[[1, 4]] = 0.0, -1.0
+    first.bias.data[[0, 2, 3, 5]] = 9.0
+    optimizer = torch.optim.Adam([*first.parameters(), *second.parameters()])
+
+    def fails():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        ppo.redo.recycle([first, second], optimizer, fails, 0.1)
+    assert not second._forward_pre_hooks
+    assert ppo.redo.recycle([first, second], optimizer, lambda: second(F.relu(first(torch.rand(*shape, 4)))), 0.1) == 2
+    assert (second.weight[:, [1, 4]] == 0).all() and (second.weight[:, [0, 2, 3, 5]] != 0).all()
+    assert not second._forward_pre_hooks
 
 
 def test_the_metrics_see_the_foreign_network():
