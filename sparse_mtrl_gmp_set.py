@@ -107,7 +107,7 @@ class Args:
 
     # --- Environment and evaluation ---
 
-    reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward: v2 (0 to 10 a step) or v1 (0 to 2000)
+    reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward and success: v2 (0 to 10 a step) or v1 (0 to 2000)
     episode_steps: PositiveInt = 500  # steps of an episode (Table 3)
     eval_every: PositiveInt = 200_000  # environment steps over all tasks between evaluations; the end has one (Table 3)
     eval_episodes: PositiveInt = 50  # deterministic episodes per task and evaluation (Table 3)
@@ -810,7 +810,7 @@ def load_policy(run_dir: str, task: int = 0) -> Callable[[np.ndarray], np.ndarra
 def main(args: Args) -> dict:
     """Train on all tasks; returns what results.json holds, with --evaluate the result of each task."""
     args, checkpoint, device = cli.prepare(args, "sparse_mtrl_gmp_set", PRESETS)
-    tasks = task_sequence(args.benchmark, "--benchmark")
+    tasks = task_sequence(args.benchmark, "--benchmark", args.reward_version)
     check(args, tasks)
     indices = range(len(tasks))
     make_task = partial(make_env, reward_version=args.reward_version, max_episode_steps=args.episode_steps)

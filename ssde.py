@@ -46,6 +46,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from common import cli, metrics
@@ -90,7 +91,7 @@ class Args:
 
     # --- Environment and evaluation ---
 
-    reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward: v2 (0 to 10 a step) or v1 (0 to 2000, paper)
+    reward_version: Literal["v1", "v2"] = "v2"  # Meta-World's reward and success: v2 (0 to 10 a step), v1 (0 to 2000)
     reward_scale: PositiveFloat | None = None  # factor on training rewards; default 1 for v2, 1/200 for v1 (authors)
     eval_every: PositiveInt = 20_000  # environment steps between evaluations; the end of a task is always evaluated
     eval_episodes: PositiveInt = 10  # deterministic episodes per task and evaluation
@@ -119,8 +120,8 @@ class Args:
     lambda_global: PositiveFloat = 1e-3  # sparsity over the global dictionary (Table VI); up to width 512 use 3e-2
     lambda_local: PositiveFloat = 1e-3  # sparsity over a task's own dictionary (Table VI); up to width 512 use 3e-2
     lambda_local_end: PositiveFloat | None = None  # last task's lambda_local, reached linearly (authors: 1e-2 to 1e-4)
-    beta: Fraction = 0.3  # weight of frozen parameters in the forward pass (Table V)
-    trainable_weight: float | None = None  # weight of trainable parameters; default 1 - beta (Eq. 7)
+    beta: Annotated[float, Ge(0), Lt(1)] = 0.3  # weight of frozen parameters in the forward pass (Table V)
+    trainable_weight: PositiveFloat | None = None  # weight of trainable parameters; default 1 - beta (Eq. 7)
     dormant_metric: Literal["sensitivity", "activation", "none"] = "sensitivity"  # Eq. 9; ReDo's score; no resets
     dormant_threshold: NonNegativeFloat = 0.6  # neurons below this share of their layer's mean are dormant (Table V)
     reset_every: PositiveInt = 80_000  # steps of a task between resets (Table VI)
@@ -530,7 +531,8 @@ class Agent:
         args, self.losses = self.args, {}  # the latest ones, 0-d
         self.actor_optimizer = self.adam(self.policy.parameters(), lr=args.actor_lr)
         threshold = 0.0 if args.dormant_metric == "none" else args.dormant_threshold  # none: scores, no resets
-        schedule = (args.reset_every, args.reset_until, threshold, args.dormant_metric)
+        until = min(args.reset_until, args.steps_per_task)  # what the last step resets nothing could train again
+        schedule = (args.reset_every, until, threshold, args.dormant_metric)
         layers = [*self.policy.hidden, self.policy.mean]
         self.dormant = DormantResets(layers, self.actor_optimizer, *schedule) if self.shared else None
         self.critic_backward = with_gradients(critic_loss, self.critic_optimizer, args.compile)
@@ -689,27 +691,35 @@ def refuse_empty_tasks(agent: Agent) -> None:
                 agent.neurons(task)
 
 
-def announce(agent: Agent, recorder: Recorder, global_step: int) -> None:
-    """Say and log what a new task got; warn where little is left to train, or of a reset that never comes."""
-    args, (trainable, used) = agent.args, agent.shares(agent.task)
-    names = [*(f"layer{i + 1}" for i in range(args.hidden_layers)), "head"]
-    shown = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, trainable, strict=True))
+def share_scalars(agent: Agent) -> dict[str, float]:
+    """What the present task got of each layer, and what all have of it so far, as points of TensorBoard."""
+    if not agent.shared:
+        return {}
+    names, scalars = [*(f"layer{i + 1}" for i in range(agent.args.hidden_layers)), "head"], {}
+    for group, shares in zip(("trainable", "used"), agent.shares(agent.task), strict=True):
+        scalars |= {f"sparsity/{group}/{name}": share for name, share in zip(names, shares, strict=True)}
+    return scalars
+
+
+def announce(agent: Agent, recorder: Recorder) -> None:
+    """Say what a task has got; warn where little is left to train, or of a reset that never comes."""
+    args, scalars = agent.args, share_scalars(agent)
+    trainable = {name.rpartition("/")[2]: share for name, share in scalars.items() if "/trainable/" in name}
+    shown = ", ".join(f"{name} {share:.0%}" for name, share in trainable.items())
     widths = [len(indices) for indices in agent.shared.neurons[agent.task]]
     recorder.say(f"task {agent.task} {recorder.tasks[agent.task]}: neurons {widths}; trainable {shown}")
-    if min(trainable[0], trainable[-1]) < 0.05:  # these freeze by neuron, as all inputs and outputs count as used
+    if min(trainable["layer1"], trainable["head"]) < 0.05:  # they freeze by neuron: all inputs, outputs are used
         recorder.say("warning: less than 5 % of the first layer or the head is trainable; raise lambda or the width")
     first_reset = (args.learning_starts // args.reset_every + 1) * args.reset_every
-    if first_reset > min(args.reset_until - 1, args.steps_per_task) and args.dormant_metric != "none":
+    if first_reset >= min(args.reset_until, args.steps_per_task) and args.dormant_metric != "none":
         recorder.say(f"warning: no dormant reset: --reset-every {args.reset_every} --reset-until {args.reset_until}")
-    for group, shares in (("trainable", trainable), ("used", used)):
-        recorder.log(global_step, {f"sparsity/{group}/{n}": share for n, share in zip(names, shares, strict=True)})
 
 
 @recorded
 def main(args: Args) -> dict:
     """Train on the sequence; returns what results.json holds, or with --evaluate the result of each task."""
     args, checkpoint, device = cli.prepare(args, "ssde", PRESETS)
-    tasks, steps = task_sequence(args.task_seq), args.steps_per_task
+    tasks, steps = task_sequence(args.task_seq, reward_version=args.reward_version), args.steps_per_task
     require(args, "learning_starts", args.learning_starts < steps, f"below --steps-per-task {steps}")
     make_task = partial(make_env, reward_version=args.reward_version)
     if args.evaluate:
@@ -733,12 +743,14 @@ def main(args: Args) -> dict:
     reward_scale = args.reward_scale or {"v1": 1 / 200, "v2": 1.0}[args.reward_version]
     phases = [(steps, args.learning_starts)] * len(tasks)
     recorder = Recorder(args, "ssde", args.task_seq, tasks, phases, checkpoint)
+    if not checkpoint:
+        recorder.log(0, share_scalars(agent))  # the first checkpoint holds them
     recorder.begin(agent, at, checkpoint, agent.parameter_counts())
 
     for task in range(at["task"], len(tasks)):
         start, step, episode = task * steps, at["step"], at["episode"]  # of the run; of the task
         if step == 0 and agent.shared:
-            announce(agent, recorder, start)
+            announce(agent, recorder)
         env = make_task(tasks[task], seed=0)  # each episode has a seed of its own
         while agent.distilled < args.distill_steps and not recorder.stopped:
             loss = agent.distill()
@@ -783,6 +795,7 @@ def main(args: Args) -> dict:
         agent.end_task()
         if task + 1 < len(tasks):
             agent.begin_task()
+            recorder.log(start + step, share_scalars(agent))
         at |= {"task": task + 1, "step": 0, "episode": 0}
         recorder.save(start + step, agent, at)
 

@@ -106,6 +106,8 @@ def prepare(args, script: str, presets: dict[str, dict] | None = None):
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
     torch.manual_seed(args.seed)
+    if getattr(args, "compile", False):
+        torch.compiler.reset()  # PyTorch keeps some compiled versions of a function and then refuses
     if args.resume:
         hold(args.resume)
     checkpoint = load_checkpoint(args.resume, script) if args.resume else None

@@ -159,7 +159,11 @@ def check_drawing(env_id: str, make: Callable) -> None:
         raise ArgumentError(f"--capture-video: {env_id} cannot be drawn ({failure}): {way}")
 
 
-def task_sequence(spec: str, flag: str = "--task-seq") -> list[str]:
+# Version 1 of Meta-World's reward comes with a success test of its own, which these can never pass.
+WITHOUT_SUCCESS_V1 = {"hand-insert-v3", "peg-insert-side-v3", "stick-push-v3"}
+
+
+def task_sequence(spec: str, flag: str = "--task-seq", reward_version: str = "v2") -> list[str]:
     """Meta-World task names of a sequence, in order.
 
     Args:
@@ -167,7 +171,8 @@ def task_sequence(spec: str, flag: str = "--task-seq") -> list[str]:
             in any case; a list may also hold sequences ("cw3, reach").
 
     Raises:
-        ArgumentError: an empty list or entry, or an unknown name (with the nearest known ones).
+        ArgumentError: an empty list or entry, an unknown name (with the nearest known ones), or a task that cannot
+            report success with this version of the reward.
     """
     tasks: list[str] = []
     for name in (part.strip() for part in spec.split(",")):
@@ -180,6 +185,9 @@ def task_sequence(spec: str, flag: str = "--task-seq") -> list[str]:
         else:
             near = nearest(name, [*TASK_SEQUENCES, *MT50])
             raise ArgumentError(f"{flag} {spec}: unknown Meta-World task or sequence {name!r}; nearest known: {near}")
+    never = sorted(WITHOUT_SUCCESS_V1 & set(tasks))
+    if reward_version == "v1" and never:
+        raise ArgumentError(f"{flag} {spec}: {', '.join(never)} never reports a success with --reward-version v1")
     return tasks
 
 

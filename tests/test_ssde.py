@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ssde
 from common import cli, metrics
@@ -897,6 +898,10 @@ def test_resets_follow_their_schedule_and_updates_start_after_the_warm_up(toy, t
     # 90 is no multiple of an episode: the last one is cut short
     changes = {"task_seq": "reach,reach", "learning_starts": 27, "reset_every": 20, "reset_until": 80}
     changes |= {"dormant_metric": "activation", "bounded_mean": True, "distill_steps": 0}
+    ends_with_a_reset = {"task_seq": "reach", "reset_every": 30, "reset_until": 1000}
+    ssde.main(Args(**(toy | changes | ends_with_a_reset), run_dir=str(tmp_path / "last")))
+    assert steps == [30, 60], "none at the last step, after which nothing trains"
+    steps.clear(), updates.clear(), rewards.clear()
     results = ssde.main(Args(**(toy | changes), run_dir=str(tmp_path / "run")))
     assert steps == [40, 60] * 2
     assert updates == list(range(28, 91)) * 2
@@ -910,7 +915,7 @@ def test_resets_follow_their_schedule_and_updates_start_after_the_warm_up(toy, t
 
 
 def test_what_would_never_happen_is_said(toy, tmp_path, capsys):
-    changes = {"reset_every": 500, "eval_every": 500, "task_seq": "reach", "quiet": False}
+    changes = {"reset_every": 90, "eval_every": 500, "task_seq": "reach", "quiet": False}
     ssde.main(Args(**(toy | changes), run_dir=str(tmp_path / "run")))
     out = capsys.readouterr().out
     assert "warning: no dormant reset" in out and "warning: evaluation at a phase's end only" in out
@@ -1115,6 +1120,22 @@ def test_a_signal_at_work_between_episodes_goes_on_to_the_same_bytes(toy, toy_ru
     assert saved["agent"]["distilled"] == (8 if moment == "distill" else 20)
     ssde.main(Args(resume=str(run_dir), quiet=True))
     assert_same_run(run_dir, toy_run)
+    events = EventAccumulator(str(run_dir)).Reload()
+    for tag in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert len(steps) == len(set(steps)), tag
+        assert steps == [0, 90, 180] or not tag.startswith("sparsity/"), tag
+
+
+def test_a_trainable_part_that_weighs_nothing_is_refused(tmp_path):
+    for name, value in (("beta", 1.0), ("trainable_weight", 0.0), ("trainable_weight", -1.0)):
+        with pytest.raises(ArgumentError, match=f"--{name.replace('_', '-')} {value}: must be "):
+            ssde.main(Args(**{name: value}, run_dir=str(tmp_path / "run")))
+
+
+def test_tasks_that_cannot_succeed_with_the_old_reward_are_refused(tmp_path):
+    with pytest.raises(ArgumentError, match="peg-insert-side-v3 never reports a success with --reward-version v1"):
+        ssde.main(Args(task_seq="mt10", reward_version="v1", run_dir=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize("method", ["finetune", "scratch"])
