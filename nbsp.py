@@ -533,10 +533,8 @@ def cycle_of(args: Args) -> list[str]:
     require(args, "learning_starts", args.learning_starts < args.steps_per_task, below)
     require(args, "batch_size", args.batch_size < args.steps_per_task, below)
     count = f"at least the number of tasks, {len(tasks)}"
-    only_earlier = args.method in ("nbsp", "replay") and args.replay_every == ACTOR_EVERY
-    require(
-        args, "replay_every", not only_earlier, f"other than {ACTOR_EVERY}: the actor would learn of earlier tasks only"
-    )
+    never = args.method in ("nbsp", "replay") and args.replay_every == ACTOR_EVERY
+    require(args, "replay_every", not never, f"other than {ACTOR_EVERY}: the actor would learn on earlier tasks only")
     require(args, "previous_buffer_size", args.previous_buffer_size >= len(tasks), count)
     return tasks
 

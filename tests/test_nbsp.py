@@ -592,6 +592,15 @@ def test_losses_are_sacs():
     assert loss.item() == pytest.approx((alpha * log_prob - q).mean().item(), rel=1e-4)
 
 
+def test_each_run_begins_without_the_compiled_functions_of_another(monkeypatch):
+    """PyTorch keeps eight versions of a function and then refuses to compile more."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    for compiled in (False, True):
+        cli.prepare(Args(compile=compiled), "nbsp")
+    assert len(resets) == 1
+
+
 def test_compile_compiles_both_losses_and_learns_the_same(monkeypatch):
     """With their gradients; traced by torch.compile, which needs no compiler of C++ for that."""
     compiled, true_compile = [], torch.compile
@@ -1168,6 +1177,7 @@ BAD_ARGUMENTS = {
     "task twice": (["--task-seq", "reach,push,reach"], r"--task-seq reach,push,reach: .*reach-v3 comes twice"),
     "method": (["--method", "spn"], r"--method.*(nbsp).*"),
     "proportion": (["--skill-proportion", "1.2"], r"--skill-proportion 1\.2: must be .*at most 1"),
+    "replay": (["--replay-every", "2"], "--replay-every 2: must be other than 2: the actor would learn on earlier"),
     "old buffer": (["--previous-buffer-size", "1"], r"--previous-buffer-size 1: must be at least .*tasks, 2"),
     "scoring": (["--score-steps", "1"], r"--score-steps 1: must be at least 2"),
     "warm-up": (["--steps-per-task", "5000"], r"--learning-starts 5000: must be below --steps-per-task 5000"),
