@@ -276,13 +276,16 @@ def test_bad_checkpoints_give_one_line_with_the_file(tmp_path, damage, mmap):
     elif damage == "flipped":
         path.write_bytes(whole[:200] + bytes(b ^ 0xFF for b in whole[200:300]) + whole[300:])
     elif damage in ("foreign", "list", "code", "old", "partial", "kind"):
-        wrong = {"foreign": {"script": "other"}, "list": [1, 2], "code": sound | {"x": os.system}}
+        wrong = {"foreign": sound | {"script": "other"}, "list": [1, 2], "code": sound | {"x": os.system}}
         wrong |= {"partial": {k: v for k, v in sound.items() if k != "at"}, "kind": sound | {"agent": [1]}}
         torch.save(wrong.get(damage, sound | {"format": 1}), path)
     else:
         damaged = {"empty": b"", "truncated": whole[: len(whole) // 2], "garbage": b"hello world" * 50, "dots": b"...."}
         path.write_bytes(damaged[damage])
-    with pytest.raises(ArgumentError, match=r"checkpoint\.pt: ") as error:
+    words = {"missing": "no checkpoint here", "foreign": r"not a checkpoint of script\.py", "old": "of another version"}
+    words |= {"partial": "damaged: it has no at", "kind": "damaged: it has no agent", "list": "not a checkpoint of"}
+    message = words.get(damage, r"damaged or not a checkpoint \(\w+\)")
+    with pytest.raises(ArgumentError, match=rf"checkpoint\.pt: {message}") as error:
         cli.load_checkpoint(str(tmp_path), "script", mmap)
     assert "\n" not in str(error.value)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -863,4 +864,10 @@ def test_a_value_that_is_not_finite_comes_out_of_a_worker(monkeypatch):
 
     monkeypatch.setattr(envs, "TaskEnvs", Broken)
     envs.serve_envs(Pipe())
-    assert isinstance(Pipe.sent[0], NotFiniteError)
+    [error] = Pipe.sent
+    assert isinstance(error, NotFiniteError)
+    ours = envs.WorkerEnvs.__new__(envs.WorkerEnvs)
+    pipe = types.SimpleNamespace(send=lambda _: None, poll=lambda _: True, recv=lambda: error)
+    ours.patience, ours.pipes = 1.0, [pipe]
+    with pytest.raises(NotFiniteError, match="the reward is nan"):
+        ours._call("step", [()])

@@ -317,15 +317,17 @@ def parameters(agent: Agent) -> dict[str, torch.Tensor]:
 
 
 def step(agent: Agent, part: str) -> dict[str, torch.Tensor]:
-    """One update of the critics, or one step of the actor; returns how far each parameter moved."""
+    """One update, of the critics alone or with one step of the actor; returns how far each parameter moved."""
     before = parameters(agent)
     torch.manual_seed(5)
     if part == "critics":
         agent.updates = 0  # the next update is the first: no actor, no batch of earlier tasks
         agent.update()
     else:
-        agent.actor_backward(agent.actor, agent.critics, agent.log_alpha, agent.replay.recent(32)["obs"])
-        agent.step(agent.actor_optimizer, agent.actor_masks)
+        agent.critic_masks, agent.updates = [], 0  # the critics move freely, so that the actor's gradient is the same
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nbsp, "ACTOR_EVERY", 1)
+            agent.update()
     return {name: value - before[name] for name, value in parameters(agent).items()}
 
 
@@ -341,7 +343,7 @@ def unmasked(agent: Agent) -> Agent:
 def test_one_update_moves_the_fan_in_of_a_skill_neuron_by_its_mask_and_others_fully(part, layer_norm):
     agent = experienced_agent(layer_norm=layer_norm)
     free = unmasked(agent)
-    masks = masked_names(agent, {net: literal_mask(agent, net) for net in NETWORKS})
+    masks = masked_names(agent, {n: literal_mask(agent, n) for n in NETWORKS if n.startswith(part.removesuffix("s"))})
     moved, moved_freely = step(agent, part), step(free, part)
     for name, delta in moved.items():
         mask = masks[name].expand_as(delta)
@@ -1013,6 +1015,23 @@ def test_a_solved_task_ends_its_visit(tmp_path, monkeypatch, toy):
     assert results["metrics"]["success_after_phase"] == [[0, 1]] * 4
     results = nbsp.main(Args(**options, stop_when_solved=False, run_dir=str(tmp_path / "full")))
     assert results["global_step"] == 400
+
+
+def test_success_after_a_phase_is_that_of_its_last_evaluation(tmp_path, monkeypatch, toy):
+    true_evaluate, successes = metrics.evaluate, []
+
+    def evaluate(policy, env, episodes, seed, stop=None):
+        successes.append(len(successes) % 7 / 10)
+        return true_evaluate(policy, env, episodes, seed, stop) | {"success": successes[-1]}
+
+    monkeypatch.setattr(metrics, "evaluate", evaluate)
+    options = TINY | {"steps_per_task": 100, "learning_starts": 20, "eval_every": 40, "score_steps": 20}
+    results = nbsp.main(Args(**options, run_dir=str(tmp_path / "run")))
+    rounds = [successes[i : i + 2] for i in range(0, len(successes), 2)]  # of both tasks
+    assert len(rounds) == 12  # at steps 40, 80, 100 of each visit
+    assert results["metrics"]["success_after_phase"] == rounds[2::3]
+    report = metrics.cycling_report(np.array(rounds[2::3]))
+    assert {name: results["metrics"][name] for name in report} == report and results["metrics"]["fm"] != 0
 
 
 def test_the_scoring_rollout_is_the_deterministic_actor_on_goals_of_its_own():

@@ -846,6 +846,15 @@ def test_dm_control_with_action_repeat(tmp_path):
     assert results["tasks"][0]["final_return"] > 0
     with open(tmp_path / "run" / "evaluations.csv", newline="") as file:
         assert next(csv.DictReader(file))["episode_length"] == "125.0"
+    replay = load_checkpoint(str(tmp_path / "run"), SCRIPT)["agent"]["replay"]["data"]
+    assert not replay["terminated"].any(), "a time limit is no end"
+
+
+def test_what_terminates_is_stored_as_the_end(finished_run):
+    """Hopper falls within a few dozen steps: as often as an episode was over before its limit of 1000."""
+    ends = EventAccumulator(str(finished_run["results"]["run_dir"])).Reload().Scalars("charts/episodic_length")
+    assert len(ends) > 5 and all(end.value < 1000 for end in ends)
+    assert finished_run["checkpoint"]["agent"]["replay"]["data"]["terminated"].sum() == len(ends)
 
 
 @pytest.mark.slow

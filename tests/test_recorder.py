@@ -482,6 +482,29 @@ def test_an_evaluation_that_a_signal_cuts_short_records_nothing(tmp_path):
     recorder.close()
 
 
+def test_videos_are_of_each_tasks_first_episode_in_a_folder_of_their_own(tmp_path, monkeypatch, capsys):
+    filmed, modes = [], []
+    monkeypatch.setattr(rec, "record_video", lambda env, folder: filmed.append(folder) or env)
+    monkeypatch.setattr(rec, "check_drawing", lambda *_: None)
+
+    def make(task, *, seed, render_mode):
+        modes.append(render_mode)
+        return Task()
+
+    def policy_of(index):
+        return lambda obs: np.zeros(1)
+
+    for capture_video in (True, False):
+        recorder = new_recorder(tmp_path / f"{capture_video}", capture_video=capture_video)
+        recorder.evaluate(10, 0, (0, 1), policy_of, make, stream=2)
+    args = Args(capture_video=True)
+    args.evaluate, args.episodes = str(tmp_path / "stored"), 1
+    rec.evaluate_stored(args, ["dmc/a"], [0], policy_of, make, 2)
+    videos = [tmp_path / "True" / "videos" / "step-10" / name for name in ("0-a", "1-b")]
+    assert filmed == [*videos, tmp_path / "stored" / "videos" / "evaluate" / "0-dmc-a"]
+    assert modes == ["rgb_array"] * 2 + [None] * 2 + ["rgb_array"]
+
+
 def test_a_task_that_comes_twice_starts_alike_and_has_curves_of_its_own(tmp_path):
     recorder = Recorder(Args(run_dir=str(tmp_path / "run")), "script", "name", ["a", "b", "a"], [(100, 0)], None)
     seeds = []

@@ -555,6 +555,17 @@ def test_redo_and_reset_come_when_they_should():
     assert agent.recycled == sum(sum(report.values()) for report in reports.values())
 
 
+@pytest.mark.parametrize("method", ["gmp", "set"])
+def test_redo_leaves_what_is_missing_at_zero(method):
+    options = {"method": method, "prune_every": 20, "evolve_every": 25, "sparsify_critic": True, "arch": "shared"}
+    options |= {"prune_scope": "layer"}
+    agent = make_agent(intervention="redo", redo_every=30, dormant_threshold=0.3, **options)
+    for _ in train(agent, 100):
+        for sparse in agent.sparse.values():
+            assert all((w[~mask] == 0).all() for w, mask in zip(sparse.weights, sparse.masks, strict=True))
+    assert agent.recycled > 0 and any(not mask.all() for sparse in agent.sparse.values() for mask in sparse.masks)
+
+
 def test_weight_decay_is_adamws():
     weights = []
     for intervention in ("none", "weight-decay"):

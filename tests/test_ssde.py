@@ -97,12 +97,12 @@ def random_neurons(rng: np.random.Generator, width: int, layers: int) -> list[to
     return [torch.from_numpy(np.sort(c)) for c in chosen]
 
 
-def shared_policy(rng: np.random.Generator, width: int, layers: int, beta: float = 0.3) -> SharedPolicy:
+def shared_policy(rng, width: int, layers: int, beta: float = 0.3, trainable: float | None = None) -> SharedPolicy:
     """A shared policy with biases and a head that are not near zero, so that errors in them show."""
     actor = Actor(OBS_DIM, ACT_DIM, width, layers)
     for parameter in (*(layer.bias for layer in actor.hidden), actor.mean.weight):
         parameter.data.copy_(torch.from_numpy(rng.standard_normal(parameter.shape)))
-    return ssde.shared_policy(Args(hidden_layers=layers, beta=beta), actor)
+    return ssde.shared_policy(Args(hidden_layers=layers, beta=beta, trainable_weight=trainable), actor)
 
 
 def weights(shared: SharedPolicy) -> list[torch.Tensor]:
@@ -116,17 +116,24 @@ def weights(shared: SharedPolicy) -> list[torch.Tensor]:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), width=st.integers(3, 12), layers=st.integers(1, 3), beta=st.floats(0, 1))
-def test_cut_policy_and_its_gradients_equal_the_full_size_masked_formula(seed, width, layers, beta):
+@given(
+    seed=st.integers(0, 10_000),
+    width=st.integers(3, 12),
+    layers=st.integers(1, 3),
+    beta=st.floats(0, 1),
+    trainable_weight=st.none() | st.floats(0.1, 2),
+)
+def test_cut_policy_and_its_gradients_equal_the_full_size_masked_formula(seed, width, layers, beta, trainable_weight):
     rng = np.random.default_rng(seed)
-    shared = shared_policy(rng, width, layers, beta)
+    shared = shared_policy(rng, width, layers, beta, trainable_weight)
+    weighs = 1 - beta if trainable_weight is None else trainable_weight
     oracle = FullSizeOracle(shared.network)
     obs = torch.from_numpy(rng.standard_normal((5, OBS_DIM))).float()
     for task in range(3):
         neurons = random_neurons(rng, width, layers)
         policy, literal = shared.begin_task(neurons).double(), oracle.allocate(neurons)
         # in double precision, as LayerNorm over two near-equal neurons blows rounding up
-        mean, expected = policy(obs.double())[0], oracle.mean(literal, obs, beta, 1.0 if task == 0 else 1 - beta)
+        mean, expected = policy(obs.double())[0], oracle.mean(literal, obs, beta, 1.0 if task == 0 else weighs)
         torch.testing.assert_close(mean, expected, atol=1e-5, rtol=1e-4)
 
         # Eq. 8: the gradient of the loss, times the mask of what is trainable
@@ -597,7 +604,7 @@ class Point(gym.Env):
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
 
     def __init__(self, task: str, seed: int = 0, reward_version: str = "v2", render_mode: str | None = None):
-        self.sign = 1 if task == "reach-v3" else -1
+        self.sign, self.pay = 1 if task == "reach-v3" else -1, 200.0 if reward_version == "v1" else 1.0
 
     def reset(self, *, seed, options=None):
         self.position, self.goal, self.steps = np.zeros(2), np.random.default_rng(seed).uniform(-1, 1, 2), 0
@@ -607,7 +614,7 @@ class Point(gym.Env):
         self.position, self.steps = self.position + 0.2 * action, self.steps + 1
         distance = np.linalg.norm(self.position - self.sign * self.goal)
         info = {"success": float(distance < 0.3)}
-        return np.array([*self.position, *self.goal], np.float32), -distance, False, self.steps == 20, info
+        return np.array([*self.position, *self.goal], np.float32), -self.pay * distance, False, self.steps == 20, info
 
 
 def patch_toy(patch: pytest.MonkeyPatch) -> None:
@@ -695,6 +702,24 @@ def test_earlier_policies_explore_in_the_warm_up():
     assert sizes == cut
 
 
+def assert_new_critics(agent: Agent) -> None:
+    """Begin a task: critics, their targets, temperature and optimizers start anew."""
+    old = [p.detach().clone() for p in agent.critic.parameters() if p.ndim > 1]
+    agent.begin_task()
+    new = [p for p in agent.critic.parameters() if p.ndim > 1]
+    assert not any(map(torch.equal, old, new)) and agent.log_alpha.item() == 0
+    assert all(map(torch.equal, agent.critic.parameters(), agent.target.parameters()))
+    assert not agent.critic_optimizer.state and not agent.alpha_optimizer.state
+    assert agent.critic_optimizer.param_groups[0]["params"][0] is next(agent.critic.parameters())
+
+
+def test_a_later_task_has_new_critics():
+    agent = begin(make_agent())
+    agent.update()
+    agent.end_task()
+    assert_new_critics(agent)
+
+
 def test_dense_baselines():
     """finetune goes on with the same weights, scratch draws new ones; both use the whole network."""
     for method, same in (("finetune", True), ("scratch", False)):
@@ -702,7 +727,7 @@ def test_dense_baselines():
         agent.update()
         trained = {name: p.detach().clone() for name, p in agent.policy.named_parameters()}
         agent.end_task()
-        agent.begin_task()
+        assert_new_critics(agent)
         assert [len(layer.weight) for layer in agent.policy.hidden] == [24, 24]
         for name, parameter in agent.policy.named_parameters():
             assert torch.equal(parameter, trained[name]) == (same or ("bias" in name and not trained[name].any())), name
@@ -906,12 +931,31 @@ def test_resets_follow_their_schedule_and_updates_start_after_the_warm_up(toy, t
     assert steps == [40, 60] * 2
     assert updates == list(range(28, 91)) * 2
     assert results["metrics"]["forgetting"] == 0 and len(results["metrics"]["success_at_run_end"]) == 2
-    unscaled, scales = list(rewards), {"reward_scale": (0.5, 2), "reward_version": ("v1", 200)}
+    # v1 pays 200 times as much here, of which it takes away
+    unscaled, scales = list(rewards), {"reward_scale": (0.5, 2), "reward_version": ("v1", 1)}
     for name, (value, factor) in scales.items():
         rewards.clear()
         ssde.main(Args(**(toy | changes | {name: value}), run_dir=str(tmp_path / name)))
         # the warm-up of the first task does not depend on the rewards
         np.testing.assert_allclose(rewards[:27], np.array(unscaled[:27]) / factor)
+
+
+def test_who_acts_when(toy, tmp_path, monkeypatch):
+    """A task's warm-up: at random in the first one, by earlier policies later; then the policy in training."""
+    acted, true_act, true_call = [], Actor.act, ssde.CapturedPolicy.__call__
+
+    def act(actor, obs, explore=False):
+        acted.extend(["earlier"] * explore)
+        return true_act(actor, obs, explore)
+
+    def call(policy, obs):
+        acted.append("own")
+        return true_call(policy, obs)
+
+    monkeypatch.setattr(Actor, "act", act)
+    monkeypatch.setattr(ssde.CapturedPolicy, "__call__", call)
+    ssde.main(Args(**toy, run_dir=str(tmp_path / "run")))
+    assert acted == ["own"] * 50 + (["earlier"] * 40 + ["own"] * 50) * 2
 
 
 def test_what_would_never_happen_is_said(toy, tmp_path, capsys):
@@ -1161,7 +1205,7 @@ def test_the_baselines_resume(toy, tmp_path, monkeypatch, method):
 FEW_NEURONS = ["--hidden-dim", "64", "--hidden-layers", "2", "--lambda-global", "0.11", "--lambda-local", "0.11"]
 BAD_ARGUMENTS = {
     "unknown task": (["--task-seq", "haammer"], r"haammer.*hammer-v3"),
-    "beta": (["--beta", "1.5"], r"--beta 1\.5: must be .*at most 1"),
+    "beta": (["--beta", "1.5"], r"--beta 1\.5: must be at least 0 and below 1"),
     "warm-up": (["--steps-per-task", "5000"], r"--learning-starts 10000: must be below --steps-per-task 5000"),
     "old flag's alias": (["--policy-lr", "0"], r"--actor-lr 0\.0: must be above 0"),
     "empty prompt": (["--quick", "--lambda-global", "0.9", "--lambda-local", "0.9"], r"no neuron"),
