@@ -222,7 +222,7 @@ class Expansion(Learner):
         super().add(action, obs, terminated=float(self.rng.random() < 0.1))
 
     def update(self) -> None:
-        self.agent.update(logged=self.steps % 25 == 0)
+        self.agent.update()
 
     def border(self) -> None:
         self.agent.replay.added = 0

@@ -88,6 +88,14 @@ class Task(gym.Env):
         return np.zeros(2, np.float32), 1.0, False, self.steps == 3, info
 
 
+@pytest.fixture(autouse=True)
+def closed_afterwards():
+    """What a test leaves open would give its handlers of signals to the next one."""
+    yield
+    while rec.OPEN:
+        rec.OPEN.pop().close()
+
+
 def new_recorder(run_dir, checkpoint=None, phases=((100, 10),), **changes) -> Recorder:
     return Recorder(Args(run_dir=str(run_dir), **changes), "script", "name", ["a", "b"], list(phases), checkpoint)
 

@@ -1117,7 +1117,11 @@ BAD_ARGUMENTS = {
     "warm-up": (["--total-steps", "30000"], r"--learning-starts 40000: must be below --total-steps 30000"),
     "layers": (["--arch", "moe", "--hidden-layers", "1"], r"--hidden-layers 1: must be at least 2 with --arch moe"),
     "buffer": (["--buffer-size", "9"], r"--buffer-size 9: must be at least the number of tasks, 10"),
-    "clipped": (["--reward-version", "v1"], r"--reward-version v1: must be v2 unless --max-q is above 5000\.0"),
+    "clipped": (
+        ["--benchmark", "reach,push", "--reward-version", "v1"],
+        r"--reward-version v1: must be v2 unless --max-q is above 5000\.0",
+    ),
+    "no success": (["--reward-version", "v1"], "--benchmark mt10: peg-insert-side-v3 never reports a success"),
     "experts": (
         ["--arch", "moore", "--experts", "9", "--hidden-dim", "8"],
         r"--experts 9: must be at most --hidden-dim 8",
