@@ -790,7 +790,7 @@ def main(args: Args) -> dict:
             step += 1
             if step <= args.learning_starts:
                 continue
-            cut_short = done and step - first_step < ENCODER_HORIZON
+            cut_short = done and step - first_step < ENCODER_HORIZON  # by a limit: it has no priority
             if (agent.updates == 0 or cut_short) and not agent.replay.data["priority"].any():
                 recorder.close()
                 few = f"no episode has {ENCODER_HORIZON} agent steps, of which the encoder learns"

@@ -531,7 +531,7 @@ class Agent:
         args, self.losses = self.args, {}  # the latest ones, 0-d
         self.actor_optimizer = self.adam(self.policy.parameters(), lr=args.actor_lr)
         threshold = 0.0 if args.dormant_metric == "none" else args.dormant_threshold  # none: scores, no resets
-        until = min(args.reset_until, args.steps_per_task)  # what the last step resets nothing could train again
+        until = min(args.reset_until, args.steps_per_task)  # after a reset at the last step nothing would train
         schedule = (args.reset_every, until, threshold, args.dormant_metric)
         layers = [*self.policy.hidden, self.policy.mean]
         self.dormant = DormantResets(layers, self.actor_optimizer, *schedule) if self.shared else None
@@ -708,7 +708,8 @@ def announce(agent: Agent, recorder: Recorder) -> None:
     shown = ", ".join(f"{name} {share:.0%}" for name, share in trainable.items())
     widths = [len(indices) for indices in agent.shared.neurons[agent.task]]
     recorder.say(f"task {agent.task} {recorder.tasks[agent.task]}: neurons {widths}; trainable {shown}")
-    if min(trainable["layer1"], trainable["head"]) < 0.05:  # they freeze by neuron: all inputs, outputs are used
+    # these two freeze whole neurons, as all inputs and all outputs count as used
+    if min(trainable["layer1"], trainable["head"]) < 0.05:
         recorder.say("warning: less than 5 % of the first layer or the head is trainable; raise lambda or the width")
     first_reset = (args.learning_starts // args.reset_every + 1) * args.reset_every
     if first_reset >= min(args.reset_until, args.steps_per_task) and args.dormant_metric != "none":

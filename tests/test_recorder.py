@@ -555,27 +555,33 @@ def test_a_signal_asks_to_stop_and_the_second_is_not_held_back(tmp_path, signum)
 
 def test_a_signal_is_obeyed_where_nobody_reads_what_it_prints(tmp_path):
     """`2>&1 | tee log`, whose tee ends by the same Ctrl-C."""
-    code = f"""
-import os, signal, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import test_recorder as t
-signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-
-@t.rec.recorded
-def main(args):
+    code = script_of(f"""
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     recorder = t.new_recorder({str(tmp_path / "run")!r}, quiet=False)
     os.kill(os.getpid(), signal.SIGINT)
     recorder.save(5, t.Agent(1), {{}})
     recorder.leave()
-
-t.cli.run(main, t.Nothing)
-"""
+""")
     reader, writer = os.pipe()
     os.close(reader)
     run = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=writer, preexec_fn=default_sigint)
     os.close(writer)
     assert run.returncode == 130
     assert load_checkpoint(str(tmp_path / "run"), "script")["record"]["global_step"] == 5
+
+
+def script_of(body: str) -> str:
+    """A script whose `main`, as those of the five, is recorded and run by the command line; `t` is this file."""
+    return f"""
+import os, resource, signal, sys, torch
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import test_recorder as t
+
+@t.rec.recorded
+def main(args):{body}
+
+t.cli.run(main, t.Nothing)
+"""
 
 
 def default_sigint():
@@ -649,23 +655,15 @@ def test_whatever_ends_main_signals_and_folder_are_given_back(tmp_path, error, m
 
 
 def test_a_disk_that_is_full_is_one_line_and_leaves_no_half_file(tmp_path):
-    code = f"""
-import resource, signal, sys, torch
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import test_recorder as t
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-@t.rec.recorded
-def main(args):
+    code = script_of(f"""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     recorder, agent = t.new_recorder({str(tmp_path / "run")!r}), t.Agent(1)
     recorder.save(5, agent, {{}})
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as a disk that is full: errno in place of a write
     agent.tensors["masks"][1] = torch.zeros(1_000_000)
     recorder.losses(6, {{"q": torch.tensor(1.0)}})
     recorder.save(6, agent, {{}})
-
-t.cli.run(main, t.Nothing)
-"""
+""")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
     assert re.match(r"stopped: .*; last good checkpoint: .*checkpoint\.pt, of step 5; go on with: python", run.stderr)
