@@ -346,7 +346,7 @@ def hidden_stack(inputs: int, width: int, layers: int, layer_norm: bool) -> nn.S
     stack = nn.Sequential()
     for _ in range(layers):
         norm = [nn.LayerNorm(width)] if layer_norm else []
-        stack.append(nn.Sequential(nn.Linear(inputs, width), *norm, nn.ReLU()))
+        stack.append(nn.Sequential(nn.Linear(inputs, width), *norm, nn.ReLU(inplace=True)))
         inputs = width
     return stack
 

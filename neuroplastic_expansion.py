@@ -310,8 +310,8 @@ class Actor(nn.Sequential):
     """Deterministic policy: (batch, obs_dim) -> (batch, act_dim) in (-1, 1)."""
 
     def __init__(self, obs_dim: int, act_dim: int, width: int):
-        hidden = [nn.Linear(obs_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-        super().__init__(*hidden, nn.Linear(width, act_dim))
+        relu = nn.ReLU(inplace=True)
+        super().__init__(nn.Linear(obs_dim, width), relu, nn.Linear(width, width), relu, nn.Linear(width, act_dim))
 
     def forward(self, obs: Tensor) -> Tensor:
         return torch.tanh(super().forward(obs))
@@ -328,10 +328,10 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, width: int):
         super().__init__()
-        self.twins = nn.ModuleList()
+        self.twins, relu = nn.ModuleList(), nn.ReLU(inplace=True)
         for _ in range(2):
-            hidden = [nn.Linear(obs_dim + act_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-            hidden += [nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU()]
+            hidden = [nn.Linear(obs_dim + act_dim, width), relu, nn.Linear(width, width), relu]
+            hidden += [nn.Linear(width, width), nn.LayerNorm(width), relu]
             self.twins.append(nn.Sequential(*hidden, nn.Linear(width, 1)))
 
     def forward(self, obs: Tensor, action: Tensor) -> list[Tensor]:

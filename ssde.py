@@ -302,8 +302,8 @@ def neuron_scores(layers: list[nn.Module], forward: Callable, obs: Tensor, metri
     "sensitivity" (Eq. 9): mean |y_i(x) - y_i(x')| of the layer's linear output, x' = x + 0.01 mean(x) for observations
     x (batch, obs_dim); "activation" (ReDo, Sokar et al. 2023): mean |h_i|. Either is divided by the layer's mean.
     """
-    calls = []  # (input, linear output) of each layer, on x and on x'
-    hooks = [layer.register_forward_hook(lambda _, inputs, y: calls.append((inputs[0], y))) for layer in layers]
+    calls = []  # (input, linear output) of each layer, on x and on x'; cloned: an activation may work in place
+    hooks = [layer.register_forward_hook(lambda _, x, y: calls.append((x[0], y.clone()))) for layer in layers]
     for x in (obs, obs + 0.01 * obs.mean(0)):
         forward(x)
     for hook in hooks:
@@ -343,7 +343,7 @@ class Actor(nn.Module):
         h = self.hidden[0](obs)
         h = torch.tanh(F.layer_norm(h, h.shape[-1:], eps=1e-6))  # over the task's neurons only, as in CoTASP
         for layer in self.hidden[1:]:
-            h = F.leaky_relu(layer(h))
+            h = F.leaky_relu(layer(h), inplace=True)
         mean, raw = self.mean(h), self.log_std(h)
         if self.bounded_mean:
             return torch.tanh(mean), F.softplus(2 * torch.tanh(raw))
@@ -374,7 +374,7 @@ class Critic(nn.Module):
         for _ in range(2):
             modules = []
             for size in [inputs, *[width] * (layers - 1)]:
-                modules += [nn.Linear(size, width), nn.LayerNorm(width), nn.LeakyReLU()]
+                modules += [nn.Linear(size, width), nn.LayerNorm(width), nn.LeakyReLU(inplace=True)]
             self.twins.append(nn.Sequential(*modules, nn.Linear(width, 1)))
 
     def forward(self, obs: Tensor, action: Tensor) -> list[Tensor]:
