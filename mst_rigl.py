@@ -12,10 +12,10 @@ Encoder and actor have residual blocks where widths agree.
 Read first: `Topology` and `rigl_topology` (which weights exist), `Block` (the six block types), `encoder_loss` and
 `td_target` (MR.Q), `Agent.update`, then `main`.
 
-Copy: `erdos_renyi_counts`, `rigl_fraction`, `rigl_topology` and `Topology` (75 lines;
+Copy: `erdos_renyi_counts`, `rigl_fraction`, `rigl_topology` and `Topology` (80 lines;
 tests/transplants/rigl_sac.py and tests/transplants/rigl_td3.py do it).
 
-    python mst_rigl.py --quick                               # a small MST on a small task, a minute on a CPU
+    python mst_rigl.py --quick                               # a small MST on a small task: two minutes on a CPU
     python mst_rigl.py --env-id dmc/dog-run                  # the paper's MST
     python mst_rigl.py --env-id dmc/dog-run --preset mrq     # MR.Q itself: every module dense
 
@@ -28,8 +28,8 @@ Where this script differs from the authors' code of MR.Q (1 to 6) and from Googl
 4. A step gets the largest priority when it can first be sampled, five steps later. The authors give it at once.
 5. For a terminating step the next features are those of the episode's last observation. The authors read them from a
    slot that was not written for it, and mostly find the first observation of the run.
-6. In their two-hot code, rewards beyond the outermost bins are clipped; they stop the authors' run. Priorities start
-   from 0, the authors' from memory that nobody wrote.
+6. Rewards beyond the outermost two-hot bins are clipped here; they stop the authors' run. Priorities start from 0, the
+   authors' from memory that nobody wrote.
 7. A connection that is dropped and grown again in one change starts from 0, as the paper says of grown ones. In
    Google's code it keeps its weight.
 8. An update that changes a topology makes a gradient step too. In RigL's Algorithm 1 it makes none.
@@ -70,9 +70,9 @@ PRIORITY_EXPONENT, MIN_PRIORITY = 0.4, 1.0
 PRE_ACTIVATION_WEIGHT = 1e-5
 
 PRIORITY_BLOCK = 250  # rows whose priorities are summed first, see `sample_rows`
-LOG_EVERY = 1000  # agent steps between two points of the loss curves
+LOG_EVERY = 1000  # updates between two points of the loss curves
 METRIC_BATCH = 1000  # recent rows of the replay buffer on which plasticity is measured, at width 1
-TRAIN_EPISODES, EVAL_EPISODES = 1, 2  # streams of random numbers, see `seed_of`
+TRAIN_STARTS, EVAL_STARTS = 1, 2  # streams of random numbers, see `seed_of`
 
 MRQ = {"encoder_type": 4, "critic_type": 4, "actor_type": 3, "critic_regime": "dense", "actor_regime": "dense"}
 QUICK = {"env_id": "InvertedPendulum-v5", "total_steps": 4000, "learning_starts": 500, "eval_every": 500}
@@ -97,7 +97,7 @@ class Args:
     evaluate: str | None = None  # evaluate the run in this folder, print the table, exit
     episodes: PositiveInt = 10  # episodes of --evaluate
     run_dir: str | None = None  # folder of the run; by default a new one under runs/
-    device: Device = "auto"  # auto: cuda if there is one
+    device: Device = "auto"  # auto: cuda if there is one; --evaluate plays on the CPU
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
     compile: bool = False  # torch.compile losses with their gradients, and the critics' targets: minutes at the start
@@ -197,10 +197,11 @@ class Topology:
     A weight that does not exist is 0, its gradient and moments too: Adam, AdamW and a target's averaging keep it so.
     Biases are dense. masks: {place in `layers`: boolean, the weight's shape}, without the layers that stay dense.
     layers: anything with a `weight`; targets: the same of target networks that follow slowly. until: the update from
-    which nothing moves; every: updates between two moves; drop: share dropped at first; `changed`: new at the last one.
+    which nothing moves; every: updates between two moves; drop: share dropped at first; changed: share that the last
+    one moved.
     """
 
-    STATE = ("masks", "initial", "updates", "changed")
+    STATE = ("masks", "initial", "updates", "changed")  # a resume makes this, loads the weights, assigns these
 
     def __init__(self, layers, optimizer, regime, sparsity, until, every=1000, drop=0.3, targets=()):
         self.optimizer, self.regime, self.until, self.every, self.drop = optimizer, regime, until, every, drop
@@ -208,12 +209,11 @@ class Topology:
         self.targets = [layer.weight for layer in targets] or self.weights
         self.masks, self.updates, self.changed = {}, 0, 0.0
         counts = erdos_renyi_counts([tuple(w.shape) for w in self.weights], 0.0 if regime == "dense" else sparsity)
-        for i, (weight, target, count) in enumerate(zip(self.weights, self.targets, counts, strict=True)):
+        for i, (weight, count) in enumerate(zip(self.weights, counts, strict=True)):
             if count < weight.numel():
                 self.masks[i] = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
                 self.masks[i].view(-1)[torch.randperm(weight.numel())[:count]] = True
-                weight.data.mul_(self.masks[i])
-                target.data.mul_(self.masks[i])
+                self._clear(i, self.masks[i])
         self.initial = {i: mask.clone() for i, mask in self.masks.items()}
 
     @property
@@ -237,11 +237,17 @@ class Topology:
             weight, count = self.weights[i], int(mask.sum())
             kept, grown = rigl_topology(weight, weight.grad, mask, int(fraction * count))
             moved, total = moved + int((grown & ~mask).sum()), total + count
-            state = self.optimizer.state.get(weight, {}).values()  # empty before the first step
-            for tensor in (weight, *(value for value in state if getattr(value, "shape", 0) == weight.shape)):
-                tensor.mul_(kept)  # so what grows starts from 0, also where it was just dropped
-            self.targets[i].mul_(mask.copy_(kept | grown))  # without targets the weight itself, which stays as it is
+            self._clear(i, kept)  # so what grows starts from 0, also where it was just dropped
+            mask.copy_(kept | grown)
         self.changed = moved / max(1, total)
+
+    def _clear(self, i: int, kept: Tensor) -> None:
+        """What is not kept becomes 0, in a layer's weight, its target and the optimizer's moments."""
+        weight = self.weights[i]
+        state = self.optimizer.state.get(weight, {}).values()  # empty before the first step
+        moments = (value for value in state if getattr(value, "shape", None) == weight.shape)
+        for tensor in (weight, self.targets[i], *moments):
+            tensor.data.mul_(kept)
 
 
 # --------------------------------------------------------------------------------------------------------- networks
@@ -555,7 +561,7 @@ def actor_loss(actor: Actor, encoder: Encoder, critic: Critic, zs: Tensor) -> Te
     return -q.mean() + PRE_ACTIVATION_WEIGHT * pre_activation.square().mean()
 
 
-def policy(encoder: Encoder, actor: Actor, obs: Tensor, noise: float = 0.0) -> Tensor:
+def action_of(encoder: Encoder, actor: Actor, obs: Tensor, noise: float = 0.0) -> Tensor:
     """One observation (obs_dim,) -> one action (act_dim,) in [-1, 1]. noise: standard deviation of what is added."""
     action = torch.tanh(actor(encoder.zs(obs[None])))[0]
     return (action + noise * torch.randn_like(action)).clamp(-1, 1) if noise else action
@@ -565,7 +571,7 @@ def policy(encoder: Encoder, actor: Actor, obs: Tensor, noise: float = 0.0) -> T
 def act(encoder: Encoder, actor: Actor, obs: np.ndarray) -> np.ndarray:
     """The policy without noise, for an observation of any float type."""
     obs = torch.as_tensor(obs, dtype=torch.float32, device=actor[-1].weight.device)
-    return policy(encoder, actor, obs).cpu().numpy()
+    return action_of(encoder, actor, obs).cpu().numpy()
 
 
 class Agent:
@@ -579,10 +585,9 @@ class Agent:
         self.optimizers, self.topologies = {}, {}
         schedule = {"until": int(args.rigl_until * (args.total_steps - args.learning_starts))}
         schedule |= {"every": args.rigl_every, "drop": args.rigl_drop}
+        adam = partial(torch.optim.AdamW, weight_decay=args.weight_decay, fused=True, capturable=device.type == "cuda")
         for name, module in self.networks.items():
-            options = {"lr": getattr(args, f"{name}_lr"), "weight_decay": args.weight_decay, "fused": True}
-            options["capturable"] = device.type == "cuda"
-            optimizer = self.optimizers[name] = torch.optim.AdamW(module.parameters(), **options)
+            optimizer = self.optimizers[name] = adam(module.parameters(), lr=getattr(args, f"{name}_lr"))
             regime, sparsity = getattr(args, f"{name}_regime"), getattr(args, f"{name}_sparsity")
             self.topologies[name] = Topology(linear_layers(module), optimizer, regime, sparsity, **schedule)
         # the targets are copied whole, so that their topologies need no care
@@ -592,18 +597,18 @@ class Agent:
         # mean |r| in whose units the critics learn now, and in whose units the targets learned
         self.scales = [torch.ones((), device=device), torch.zeros((), device=device)]
         self.losses: dict[str, Tensor] = {}
-        self.grad_norms: dict[str, Tensor] = {}  # of each module, masked and not yet clipped
+        self.grad_norms: dict[str, Tensor] = {}  # by module (both critics together), masked and not yet clipped
         losses = {"encoder": encoder_loss, "critic": critic_loss, "actor": actor_loss}
         cast = {name: self.autocast()(loss) for name, loss in losses.items()}  # the forward pass alone
-        # from inputs to gradients in `.grad` of the module and of no other
+        # each computes a module's loss and leaves gradients in `.grad` of that module only
         self.backward = {name: with_gradients(cast[name], self.optimizers[name], args.compile) for name in losses}
         self.td_target = torch.compile(td_target) if args.compile else td_target
         captured, topologies = partial(Captured, device=device, graphs=args.cuda_graph), self.topologies
-        # train_...: update_..., as a CUDA graph on CUDA, with the changes of its topologies outside
-        self.train_encoder = captured(self.update_encoder, schedules=lambda _: [topologies["encoder"]])
+        # captured_...: learn_... as a CUDA graph, outside of which its topologies change
+        self.captured_encoder = captured(self.learn_encoder, schedules=lambda _: [topologies["encoder"]])
         both = [topologies["critic"], topologies["actor"]]
-        self.train_critic_and_actor = captured(self.update_critic_and_actor, schedules=lambda: both)
-        explore = partial(policy, self.networks["encoder"], self.networks["actor"], noise=args.exploration_noise)
+        self.captured_critic_and_actor = captured(self.learn_critic_and_actor, schedules=lambda: both)
+        explore = partial(action_of, self.networks["encoder"], self.networks["actor"], noise=args.exploration_noise)
         self.explore = CapturedPolicy(explore, device, args.cuda_graph)
 
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -615,9 +620,9 @@ class Agent:
         if self.updates % self.args.target_update_every == 0:
             self.copy_targets()
             for _ in range(self.args.target_update_every):
-                self.train_encoder(self.replay.terminates)
+                self.captured_encoder(self.replay.terminates)
         self.updates += 1
-        self.train_critic_and_actor()
+        self.captured_critic_and_actor()
 
     def copy_targets(self) -> None:
         """Targets become what the networks are now, and the reward scale is measured again."""
@@ -627,7 +632,7 @@ class Agent:
         old_scale.copy_(scale)
         scale.copy_(self.replay.reward_scale())
 
-    def update_encoder(self, terminates: bool) -> None:
+    def learn_encoder(self, terminates: bool) -> None:
         """One step of the encoder: one CUDA graph (common/capture.py), so it changes tensors in place only.
 
         terminates: whether any step ever terminated.
@@ -637,7 +642,7 @@ class Agent:
         self.step("encoder")
         keep(self.losses, dict(zip(("encoder", "dynamics", "reward", "done"), losses, strict=True)))
 
-    def update_critic_and_actor(self) -> None:
+    def learn_critic_and_actor(self) -> None:
         """One step of the critics, then one of the actor, and new priorities: one CUDA graph too."""
         args, rows = self.args, self.replay.sample_rows(self.args.batch_size)
         encoder, critic, actor = self.networks.values()
@@ -743,7 +748,7 @@ def main(args: Args) -> dict:
     make_task, tasks = partial(make_env, action_repeat=args.action_repeat, **env_options(args)), [args.env_id]
     if args.evaluate:
         policy = load_policy(args.evaluate)
-        return evaluate_stored(args, tasks, [0], lambda _: policy, make_task, EVAL_EPISODES)[0]
+        return evaluate_stored(args, tasks, [0], lambda _: policy, make_task, EVAL_STARTS)[0]
     below = f"below --total-steps {args.total_steps}"
     require(args, "learning_starts", args.learning_starts < args.total_steps, below)
     fewest = (ENCODER_HORIZON - 1) * args.action_repeat + 1
@@ -771,7 +776,7 @@ def main(args: Args) -> dict:
         at = {"step": step, "episode": episode}
         if recorder.evaluation_due(step, 0, ended=step == args.total_steps):
             recorder.require_finite_weights(agent, step)
-            if recorder.evaluate(step, 0, [0], lambda _: agent.act, make_task, EVAL_EPISODES):
+            if recorder.evaluate(step, 0, [0], lambda _: agent.act, make_task, EVAL_STARTS):
                 recorder.log(step, agent.plasticity() | agent.sparsity())
         if recorder.checkpoint_due(step):
             recorder.save(step, agent, at)
@@ -779,7 +784,7 @@ def main(args: Args) -> dict:
         if step == args.total_steps:
             break
 
-        obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_EPISODES, 0, episode))  # which decides all of it
+        obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_STARTS, 0, episode))  # which decides all of it
         first_step, done, episode_return = step, False, 0.0
         while not done and step < args.total_steps:
             action = (2 * torch.rand(act_dim) - 1).numpy() if step < args.learning_starts else agent.explore(obs)

@@ -5,15 +5,15 @@ Base algorithm: Soft Actor-Critic. Environments: cycling Meta-World v3 tasks.
 
 One agent learns tasks A, B, A, B in turn. After each visit its policy acts for some episodes, and every hidden neuron
 of actor and critics gets a score: how reliably its activation, above or below its mean, tells whether the agent is
-nearer to the goal than on average. The best fifth of a network's neurons are the task's skill neurons. From then on, to
-the task's next visit, which chooses anew, their incoming weights and biases move a tenth as far or less; the others
-move freely. Every tenth update is on transitions of earlier tasks.
+nearer to the goal than on average. The best fifth of a network's neurons are the task's skill neurons. From then on
+their incoming weights and biases move a tenth as far or less, until the end of the task's next visit, which chooses
+anew; the others move freely. Every tenth update is on transitions of earlier tasks.
 
 Read first: `SkillMasks` and the functions below it (Algorithm 1, Eq. 5 and 6), `goal_proximity`, `PreviousTasks`
 (Eq. 7), then `Agent.update` and `main`.
 
 Copy: `SkillMasks`, `neuron_scores`, `skill_neurons`, `neuron_masks`, `dealt_anew`, `hidden_activations`
-(88 lines; tests/transplants/nbsp_sac.py does it). The replay of earlier tasks is four lines of the loop there.
+(87 lines; tests/transplants/nbsp_sac.py does it). The replay of earlier tasks is four lines of the loop there.
 
     python nbsp.py --quick                                          # reach, button-press, twice: minutes on a CPU
     python nbsp.py --task-seq window-open,window-close --cycles 2   # the paper's first cycle, 500 000 steps a visit
@@ -82,7 +82,7 @@ class Args:
     evaluate: str | None = None  # evaluate the run in this folder, print the table, exit
     episodes: PositiveInt = 10  # episodes per task of --evaluate
     run_dir: str | None = None  # folder of the run; by default a new one under runs/
-    device: Device = "auto"  # auto: cuda if there is one
+    device: Device = "auto"  # auto: cuda if there is one; --evaluate plays on the CPU
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
     compile: bool = False  # torch.compile losses with their gradients: minutes at the start
@@ -136,7 +136,7 @@ class SkillMasks:
     scores[task][l], masks[l]: (width,) for hidden layer l.
     """
 
-    STATE = ("scores", "masks", "generator")  # what a checkpoint holds
+    STATE = ("scores", "masks", "generator")  # what a checkpoint holds; of the generator its `get_state()`
 
     def __init__(self, layers, proportion=0.2, factor=0.2, target="update", choose="skill", seed=0):
         self.levels = [[item] if hasattr(item, "weight") else list(item) for item in layers]
@@ -169,7 +169,7 @@ class SkillMasks:
     def end_task(self, task, forward, goal_proximity: Tensor) -> None:
         """From now on `task` is an earlier one; if it was before, its new scores count.
 
-        forward: calls the network on T steps of the task's own policy. goal_proximity: of these steps, (T,).
+        forward: calls the uncompiled network on T steps of the task's own policy. goal_proximity: of these steps, (T,).
         """
         scores = neuron_scores(hidden_activations(self.levels, forward), goal_proximity)
         self.scores[task] = dealt_anew(scores, self.generator) if self.choose == "random" else scores
@@ -197,7 +197,7 @@ def neuron_scores(activations: list[Tensor], goal_proximity: Tensor) -> list[Ten
 def skill_neurons(scores: list[Tensor], proportion: float) -> list[Tensor]:
     """The best round(proportion * neurons) neurons of a network, ranked over its layers together; never a constant one.
 
-    Scores (width,) for each hidden layer -> booleans of the same shapes. Of equal scores the first win, everywhere.
+    Scores (width,) for each hidden layer -> booleans of the same shapes. Of equal scores the first win, on any device.
     """
     flat = torch.cat(scores)
     best = flat.sort(descending=True, stable=True).indices[: round(proportion * len(flat))]
@@ -227,14 +227,13 @@ def dealt_anew(scores: list[Tensor], generator: torch.Generator) -> list[Tensor]
 
 def hidden_activations(levels: list[list[nn.Module]], forward) -> list[Tensor]:
     """Activations of each hidden layer in a call of `forward`, (T, width): what the layer behind it reads."""
-    read, hooks = {}, []
-    for i, (reader, *_) in enumerate(levels[1:]):
-        hooks.append(reader.register_forward_pre_hook(lambda _, inputs, i=i: read.update({i: inputs[0]})))
+    read = {level[0]: [] for level in levels[1:]}  # of each call, in order
+    hooks = [r.register_forward_pre_hook(lambda layer, x: read[layer].append(torch.atleast_2d(x[0]))) for r in read]
     with torch.no_grad():
         forward()
     for hook in hooks:
         hook.remove()
-    return [read[i] for i in range(len(hooks))]
+    return [torch.cat(calls) for calls in read.values()]
 
 
 def goal_proximity(rollout: dict[str, Tensor], gpm: str) -> tuple[Tensor, str]:
@@ -447,21 +446,21 @@ class Agent:
             name: SkillMasks([*network.hidden, network.head], *numbers, seed=seed_of(args.seed, MASK_NEURONS, number))
             for number, (name, network) in enumerate(networks.items())
         }
-        masked = args.method in ("nbsp", "mask")  # all methods score their neurons, for the record; these use it
-        self.actor_masks = [self.skills["actor"]] if masked and args.mask_actor else []
-        self.critic_masks = [self.skills["critic1"], self.skills["critic2"]] if masked and args.mask_critic else []
+        uses_masks = args.method in ("nbsp", "mask")  # all methods score their neurons, for the record; these use it
+        self.actor_masks = [self.skills["actor"]] if uses_masks and args.mask_actor else []
+        self.critic_masks = [self.skills["critic1"], self.skills["critic2"]] if uses_masks and args.mask_critic else []
         self.updates = 0
         self.losses: dict[str, Tensor] = {}  # the latest ones, 0-d; on batches of earlier tasks "previous/..."
         self.captured = Captured(self.learn, device, args.cuda_graph)
         self.explore = CapturedPolicy(lambda obs: self.actor.sample(obs[None])[0][0], device, args.cuda_graph)
 
-    def step(self, optimizer: torch.optim.Adam, masked: Sequence[SkillMasks]) -> None:
-        """The optimizer's step, masked in the networks of `masked`."""
-        for network in masked:
-            network.before_step()
+    def step(self, optimizer: torch.optim.Adam, skills: Sequence[SkillMasks]) -> None:
+        """The optimizer's step, masked in the networks whose `SkillMasks` are given."""
+        for masks in skills:
+            masks.before_step()
         optimizer.step()
-        for network in masked:
-            network.after_step()
+        for masks in skills:
+            masks.after_step()
 
     def update(self) -> None:
         """One SAC update; every `replay_every`-th one is on earlier tasks, every second trains the actor."""
@@ -532,9 +531,9 @@ def cycle_of(args: Args) -> list[str]:
     below = f"below --steps-per-task {args.steps_per_task}"
     require(args, "learning_starts", args.learning_starts < args.steps_per_task, below)
     require(args, "batch_size", args.batch_size < args.steps_per_task, below)
+    never = args.method in ("nbsp", "replay") and args.replay_every <= ACTOR_EVERY
+    require(args, "replay_every", not never, f"above {ACTOR_EVERY}: the actor would learn on earlier tasks only")
     count = f"at least the number of tasks, {len(tasks)}"
-    never = args.method in ("nbsp", "replay") and args.replay_every == ACTOR_EVERY
-    require(args, "replay_every", not never, f"other than {ACTOR_EVERY}: the actor would learn on earlier tasks only")
     require(args, "previous_buffer_size", args.previous_buffer_size >= len(tasks), count)
     return tasks
 

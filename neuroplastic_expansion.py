@@ -19,8 +19,8 @@ training loop are in tests/transplants/ne_td3.py).
 Copy with review: `Topology`, `erdos_renyi_counts`, `growth_progress`, `pick`, `dormant_neurons`, `Review`
 (125 lines; tests/transplants/ne_td3.py has both).
 
-    topology = Topology([fc1, fc2, fc3], optimizer, [target.fc1, ...], topology_every=10_000, topology_until=750_000)
-    # every and until: in updates of this network, while the script's argument topology_until is a share of them
+    topology = Topology([fc1, fc2, fc3], optimizer, [target.fc1, ...], every=10_000, until=750_000)
+    # every, until: in updates of this network
     loss.backward()
     topology.before_step()
     optimizer.step()
@@ -74,8 +74,7 @@ from common.recorder import Recorder, evaluate_stored, recorded, restored
 
 LOG_EVERY = 1000  # updates between two points of the loss curves, each at one that trains the actor
 METRIC_BATCH = 1000  # recent transitions on which plasticity, and the review's dormant ratio, are measured
-# Second words of numpy seed sequences: independent streams for the starts of episodes and for the method's own draws.
-TRAIN_EPISODES, EVAL_EPISODES, METHOD = 1, 2, 3
+TRAIN_STARTS, EVAL_STARTS, METHOD_DRAWS = 1, 2, 3  # streams of random numbers, see `seed_of`
 
 QUICK = {"steps_per_task": 20_000, "learning_starts": 1000, "eval_every": 2000, "eval_episodes": 5}
 QUICK |= {"hidden_dim": 128, "learning_rate": 1e-3, "topology_every": 500, "review_every": 200}
@@ -91,7 +90,7 @@ class Args:
     evaluate: str | None = None  # evaluate the run in this folder, print the table, exit
     episodes: PositiveInt = 10  # episodes per task of --evaluate
     run_dir: str | None = None  # folder of the run; by default a new one under runs/
-    device: Device = "auto"  # auto: cuda if there is one
+    device: Device = "auto"  # auto: cuda if there is one; --evaluate plays on the CPU
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
     compile: bool = False  # torch.compile losses with their gradients: minutes at the start
@@ -155,21 +154,21 @@ class Topology:
     their gradient, read before it is masked, tells what a connection would be worth. Biases are dense and do not count.
 
     layers: linear layers in order, heads that read the same layer in an inner list at the end. Others stay as they are.
-    targets: the target network's. topology_every, topology_until: counted in updates of this network. masks[i]
-    (out, in): 1.0 where layer i has a connection (floats multiply faster). A checkpoint holds STATE and the generator.
+    targets: the target network's. every, until: in updates of this network. masks[i] (out, in): 1.0 where layer i has a
+    connection (floats multiply faster). A checkpoint holds STATE and the generator.
     """
 
-    STATE = ("masks", "updates", "pruned", "grown")
+    STATE = ("masks", "updates", "pruned", "grown")  # a resume makes this, loads the weights, assigns these
 
     def __init__(
-        self, layers, optimizer, targets=None, *, topology_every, topology_until, initial_density=0.2,
-        final_density=1.0, growth="gradient", prune="dormant", prune_limit=0.4, dormant_threshold=0.0, generator=None,
+        self, layers, optimizer, targets=None, *, every, until, initial_density=0.2, final_density=1.0,
+        growth="gradient", prune="dormant", prune_limit=0.4, dormant_threshold=0.0, generator=None,
     ):  # fmt: skip
         self.levels, targets = ([x if isinstance(x, list) else [x] for x in n] for n in (layers, targets or layers))
         self.layers, self.targets = ([layer for level in net for layer in level] for net in (self.levels, targets))
         for d, level in enumerate(self.levels[1:]):
             assert level[0].in_features == self.levels[d][0].out_features, f"level {d + 1} does not read level {d}"
-        self.every, self.until, self.growth, self.prune = topology_every, topology_until, growth, prune
+        self.every, self.until, self.growth, self.prune = every, int(until), growth, prune
         self.prune_limit, self.dormant_threshold = prune_limit if prune != "none" else 0, dormant_threshold
         self.optimizer, self.generator, self.gradients = optimizer, generator, []
         self.updates = self.pruned = self.grown = 0  # the last two: connections, over the whole run
@@ -230,7 +229,7 @@ class Topology:
 
 
 def erdos_renyi_counts(shapes: list[tuple[int, int]], density: float) -> list[int]:
-    """Connections of each layer (out, in) with density epsilon (in + out) / (in out), rounded down; all: `density`.
+    """Connections of each layer (out, in): density epsilon (in + out) / (in out), rounded down; in all `density`.
 
     Layers that would exceed 1 are dense, and epsilon is solved again for the others (Mocanu et al. 2018).
     """
@@ -436,7 +435,7 @@ class Agent:
         self.replay = ReplayBuffer(min(args.buffer_size, args.steps_per_task), obs_dim, act_dim, device)
 
         # The method draws from a generator of its own: it takes no random numbers away from TD3.
-        self.generator = torch.Generator().manual_seed(seed_of(args.seed, METHOD))
+        self.generator = torch.Generator().manual_seed(seed_of(args.seed, METHOD_DRAWS))
         self.topologies, self.review = {}, None
         if args.method != "td3":
             until = int(args.topology_until * total_updates)
@@ -452,7 +451,7 @@ class Agent:
         self.updates = 0
         self.losses: dict[str, Tensor] = {}
         self.captured = Captured(self.learn, device, args.cuda_graph, self.topologies_of)
-        self.policy = CapturedPolicy(lambda obs: self.actor(obs[None])[0], device, args.cuda_graph)
+        self.captured_policy = CapturedPolicy(lambda obs: self.actor(obs[None])[0], device, args.cuda_graph)
         self.critic_backward = with_gradients(critic_loss, self.optimizers["critic"], args.compile)
         self.actor_backward = with_gradients(actor_loss, self.optimizers["actor"], args.compile)
 
@@ -463,8 +462,8 @@ class Agent:
             linear_layers(network),
             self.optimizers[net],
             linear_layers(target),
-            topology_every=max(1, args.topology_every // delay),
-            topology_until=until // delay,
+            every=max(1, args.topology_every // delay),
+            until=until // delay,
             initial_density=args.initial_density,
             final_density=args.final_density,
             growth=args.growth if args.method == "ne" else "none",  # static: the masks of the start
@@ -537,17 +536,16 @@ class Agent:
     def explore(self, obs: np.ndarray) -> np.ndarray:
         """The policy's action for one observation (obs_dim,), with exploration noise -> (act_dim,) in [-1, 1]."""
         noise = self.args.exploration_noise * torch.randn(self.act_dim).numpy()
-        return (self.policy(obs) + noise).clip(-1, 1)
+        return (self.captured_policy(obs) + noise).clip(-1, 1)
 
     # --------------------------------------------------------------------------------------------------- metrics
 
     def plasticity(self) -> dict[str, Tensor]:
         """Plasticity metrics of the actor and the first critic on recent transitions."""
         batch = self.replay.recent(METRIC_BATCH)
-        q_input = torch.cat([batch["obs"], batch["action"]], 1)
-        return metrics.plasticity(
-            {"actor": (self.actor, (batch["obs"],)), "critic": (self.critic.twins[0], (q_input,))}
-        )
+        obs_action = torch.cat([batch["obs"], batch["action"]], 1)
+        networks = {"actor": (self.actor, (batch["obs"],)), "critic": (self.critic.twins[0], (obs_action,))}
+        return metrics.plasticity(networks)
 
     def method_scalars(self) -> dict[str, float]:
         """Densities, connections pruned and grown so far, and the state of the review."""
@@ -642,7 +640,7 @@ def warn_of_long_intervals(agent: Agent, recorder: Recorder, total_updates: int)
             steps = -(-topology.until // topology.every)
             recorder.say(f"warning: growth in {steps} large step(s): --topology-every {args.topology_every}")
     if agent.review and 2 * args.review_every >= total_updates:
-        recorder.say(f"warning: no review without updates after two measurements: --review-every {args.review_every}")
+        recorder.say(f"warning: no review: two measurements take all updates: --review-every {args.review_every}")
 
 
 def final_metrics(agent: Agent, rows: list[dict], visits: list[str]) -> dict[str, float | list[float]]:
@@ -666,7 +664,7 @@ def main(args: Args) -> dict:
 
     if args.evaluate:
         policy_of = partial(load_policy, args.evaluate)
-        return evaluate_stored(args, tasks, range(len(tasks)), policy_of, make_task, EVAL_EPISODES)
+        return evaluate_stored(args, tasks, range(len(tasks)), policy_of, make_task, EVAL_STARTS)
     total_updates = len(visits) * max(0, args.steps_per_task - args.learning_starts)
     with cli.Memory(device, args.batch_size):
         agent = Agent(args, obs_dim, act_dim, total_updates, device)
@@ -688,7 +686,7 @@ def main(args: Args) -> dict:
 
     for phase in range(at["phase"], len(visits)):
         task, start, step, episode = visits[phase], phase * args.steps_per_task, at["step"], at["episode"]
-        env = make_task(task, seed=None)  # each episode has a seed of its own
+        env = make_task(task, seed=0)  # each episode has a seed of its own
         if step == 0:
             agent.replay.added = 0  # old tasks are not reviewed
         while True:  # once per episode: a run can be saved between two episodes only
@@ -697,7 +695,7 @@ def main(args: Args) -> dict:
             if recorder.evaluation_due(start + step, start, ended):
                 recorder.require_finite_weights(agent, start + step)
                 indices = range(len(tasks)) if ended else [tasks.index(task)]
-                if recorder.evaluate(start + step, phase, indices, policy_of, make_task, EVAL_EPISODES):
+                if recorder.evaluate(start + step, phase, indices, policy_of, make_task, EVAL_STARTS):
                     recorder.log(start + step, agent.plasticity())  # not where a signal cut it short
             if recorder.checkpoint_due(start + step):
                 recorder.save(start + step, agent, at)
@@ -705,7 +703,7 @@ def main(args: Args) -> dict:
             if ended:
                 break
 
-            obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_EPISODES, phase, episode))
+            obs, _ = env.reset(seed=seed_of(args.seed, TRAIN_STARTS, phase, episode))
             done, episode_return, length = False, 0.0, 0
             while not done and step < args.steps_per_task:
                 warm_up = step < args.learning_starts and task not in visits[:phase]

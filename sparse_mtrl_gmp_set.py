@@ -12,7 +12,7 @@ Read first: `GMP` and `SET` with the functions above them, `MultiTaskNetwork` an
 `Agent.update`, then `main`.
 
 Copy GMP and SET: `gmp_sparsity`, `drop_smallest`, `prune`, `evolve`, `erdos_renyi_counts`, `matrices`, `clear`,
-`SparseLayers`, `GMP`, `SET` (80 lines; tests/transplants/gmp_set_ppo.py does it).
+`SparseLayers`, `GMP`, `SET` (81 lines; tests/transplants/gmp_set_ppo.py does it).
 
     sparse = GMP(layers, optimizer, total_updates)  # or SET(layers, optimizer)
     ...
@@ -94,7 +94,7 @@ class Args:
     evaluate: str | None = None  # evaluate the run in this folder, print the table, exit
     episodes: PositiveInt = 10  # episodes per task of --evaluate
     run_dir: str | None = None  # folder of the run; by default a new one under runs/
-    device: Device = "auto"  # auto: cuda if there is one
+    device: Device = "auto"  # auto: cuda if there is one; --evaluate plays on the CPU
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     num_workers: NonNegativeInt = 0  # processes that step the environments; 0: this one, in turn. Changes no result
     cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
@@ -211,10 +211,11 @@ class SparseLayers:
     expert or task (copies, inputs, outputs), where each copy counts as a layer. every: updates between new masks.
     """
 
-    STATE = ("masks", "updates")  # what a checkpoint holds: assign them, and load the weights after making this
+    STATE = ("masks", "updates")  # a resume makes this, loads the weights, assigns these
 
     def __init__(self, layers, optimizer: torch.optim.Optimizer, every: int):
-        self.weights, self.optimizer, self.every, self.updates = [layer.weight for layer in layers], optimizer, every, 0
+        self.weights = [layer.get_parameter("weight") for layer in layers]  # not what a parametrization computes
+        self.optimizer, self.every, self.updates = optimizer, every, 0
         self.masks = [torch.ones_like(weight, dtype=torch.bool) for weight in self.weights]
 
     def before_step(self) -> None:
@@ -294,7 +295,7 @@ def recycle(levels: list, optimizer, forward: Callable, threshold: float, masks:
         connected = mask.any(1) if mask.dim() == 3 else mask.flatten(1).any(1)[None]
         copies, units = connected.shape
         # a convolution's unit is a channel, read by a convolution or, flattened, by a linear layer
-        fits = layer.weight.dim() > 3 or all(reader.weight.shape[1] == units for reader in readers)
+        fits = all(r.weight.shape[1] == units or layer.weight.dim() > 3 >= r.weight.dim() for r in readers)
         assert fits, "a layer reads something else than the units of the one before"
         seen = [(reader.weight.dim() > 3, x) for reader in readers for x in inputs[reader]]
         seen = [x.flatten(2).mean(2) if conv else x.unflatten(-1, (units, -1)).mean(-1) for conv, x in seen]
@@ -550,8 +551,8 @@ def actor_loss(actor: Actor, critics: nn.ModuleList, log_alpha: Tensor, obs: Ten
 class Agent:
     """Multi-task SAC with sparse or dense networks."""
 
-    STATE = ("actor", "critics", "targets", "log_alpha", "actor_optimizer", "q_optimizer", "alpha_optimizer", "replay")
-    STATE += ("sparse", "updates", "resets", "recycled")
+    STATE = ("actor", "critics", "targets", "log_alpha", "actor_optimizer", "critic_optimizer", "alpha_optimizer")
+    STATE += ("replay", "sparse", "updates", "resets", "recycled")
 
     def __init__(self, args: Args, tasks: int, obs_dim: int, act_dim: int, device: torch.device):
         self.args, self.tasks, self.obs_dim, self.act_dim, self.device = args, tasks, obs_dim, act_dim, device
@@ -563,7 +564,7 @@ class Agent:
         options = {"lr": args.learning_rate, "eps": 1e-5, "fused": True, "capturable": device.type == "cuda"}
         adam = partial(torch.optim.AdamW, **options)
         self.actor_optimizer = adam(self.actor.parameters(), weight_decay=decay)
-        self.q_optimizer = adam(self.critics.parameters(), weight_decay=decay)
+        self.critic_optimizer = adam(self.critics.parameters(), weight_decay=decay)
         self.alpha_optimizer = adam([self.log_alpha], weight_decay=0.0)
         self.replay = ReplayBuffer(tasks, min(args.buffer_size, args.total_steps) // tasks, obs_dim, act_dim, device)
         self.updates, self.resets, self.recycled = 0, 0, 0
@@ -571,7 +572,7 @@ class Agent:
         self.grad_norms: dict[str, Tensor] = {}  # "actor" and "critics" (both), masked, before clipping
         self.captured = Captured(self.learn, device, args.cuda_graph)
         self.explore = CapturedPolicy(lambda obs: self.actor.sample(obs[:, None])[0][:, 0], device, args.cuda_graph)
-        self.critic_backward = with_gradients(critic_loss, self.q_optimizer, args.compile)
+        self.critic_backward = with_gradients(critic_loss, self.critic_optimizer, args.compile)
         self.actor_backward = with_gradients(actor_loss, self.actor_optimizer, args.compile)
         self.sparse: dict[str, GMP | SET] = {}  # what decides which weights exist, by network
         for name, network, optimizer in self.networks():
@@ -583,7 +584,7 @@ class Agent:
         """Actor and critics, with the optimizer that trains them."""
         yield "actor", self.actor, self.actor_optimizer
         for i, critic in enumerate(self.critics, start=1):
-            yield f"critic{i}", critic, self.q_optimizer
+            yield f"critic{i}", critic, self.critic_optimizer
 
     def sparsified(self, layers: nn.ModuleList, optimizer: torch.optim.Optimizer) -> GMP | SET:
         """The method on a trunk."""
@@ -613,7 +614,7 @@ class Agent:
         """
         args, batch = self.args, self.replay.sample(self.args.batch_per_task)
         q_losses, q_mean = self.critic_backward(self.actor, self.critics, self.targets, self.log_alpha, batch, args)
-        self.step("critics", self.q_optimizer)
+        self.step("critics", self.critic_optimizer)
         actor_losses, log_prob = self.actor_backward(self.actor, self.critics, self.log_alpha, batch["obs"])
         self.step("actor", self.actor_optimizer)
 
@@ -815,7 +816,7 @@ def main(args: Args) -> dict:
     indices = range(len(tasks))
     make_task = partial(make_env, reward_version=args.reward_version, max_episode_steps=args.episode_steps)
     if args.evaluate:
-        actor = load_actor(args.evaluate).to(device)
+        actor = load_actor(args.evaluate)
         return evaluate_stored(args, tasks, indices, lambda task: partial(actor.act, task=task), make_task, EVAL_GOALS)
     with cli.Memory(device, args.batch_per_task * len(tasks)):
         agent = Agent(args, len(tasks), *env_sizes(tasks[0], args), device)

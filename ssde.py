@@ -79,7 +79,7 @@ class Args:
     evaluate: str | None = None  # evaluate the run in this folder on the tasks it has seen, print the table, exit
     episodes: PositiveInt = 10  # episodes per task of --evaluate
     run_dir: str | None = None  # folder of the run; by default a new one under runs/
-    device: Device = "auto"  # auto: cuda if there is one
+    device: Device = "auto"  # auto: cuda if there is one; --evaluate plays on the CPU
     torch_threads: PositiveInt = 1  # CPU threads of PyTorch; 1 is fastest where several seeds run side by side
     cuda_graph: bool = True  # on CUDA: updates and acting as CUDA graphs
     compile: bool = False  # torch.compile losses with their gradients: minutes at the start of every task
@@ -117,8 +117,8 @@ class Args:
     method: Literal["ssde", "finetune", "scratch"] = "ssde"  # baselines: one dense policy, trained on or drawn anew
     task_encoder: str = "bundled"  # bundled (shipped vectors of all-MiniLM-L6-v2), or a sentence-transformers name
     task_descriptions: str | None = None  # JSON file {task name: sentence} that replaces built-in sentences
-    lambda_global: PositiveFloat = 1e-3  # sparsity over the global dictionary (Table VI); up to width 512 use 3e-2
-    lambda_local: PositiveFloat = 1e-3  # sparsity over a task's own dictionary (Table VI); up to width 512 use 3e-2
+    lambda_global: PositiveFloat = 1e-3  # L1 penalty, global dictionary: few neurons (Table VI); to width 512 use 3e-2
+    lambda_local: PositiveFloat = 1e-3  # L1 penalty, the task's own dictionary (Table VI); up to width 512 use 3e-2
     lambda_local_end: PositiveFloat | None = None  # last task's lambda_local, reached linearly (authors: 1e-2 to 1e-4)
     beta: Annotated[float, Ge(0), Lt(1)] = 0.3  # weight of frozen parameters in the forward pass (Table V)
     trainable_weight: PositiveFloat | None = None  # weight of trainable parameters; default 1 - beta (Eq. 7)
@@ -132,14 +132,14 @@ class Args:
 # ------------------------------------------------------------------------------- the method: which neurons a task uses
 
 
-def sparse_prompt(embedding: np.ndarray, dictionary: np.ndarray, sparsity: float) -> np.ndarray:
-    """Neurons that a task picks: 1[alpha > 0], alpha = argmin 1/2 |e - D^T alpha|^2 + sparsity |alpha|_1.
+def sparse_prompt(embedding: np.ndarray, dictionary: np.ndarray, penalty: float) -> np.ndarray:
+    """Neurons that a task picks: 1[alpha > 0], alpha = argmin 1/2 |e - D^T alpha|^2 + penalty |alpha|_1.
 
     embedding (dimension,), dictionary (atoms, dimension), an atom per neuron -> boolean (atoms,).
     """
     from sklearn.decomposition import sparse_encode  # it takes as long as PyTorch to import: where it is needed
 
-    alpha = sparse_encode(embedding[None], dictionary, algorithm="lasso_lars", alpha=sparsity, max_iter=10_000)
+    alpha = sparse_encode(embedding[None], dictionary, algorithm="lasso_lars", alpha=penalty, max_iter=10_000)
     return alpha[0] > 0
 
 
@@ -158,11 +158,11 @@ def task_neurons(embedding, task: int, widths: list[int], lambdas=(1e-3, 1e-3), 
     """Co-allocation: phi^l = phi^l[global] or phi^l[local]; indices of the task's neurons in each hidden layer.
 
     The global dictionary lets tasks with similar sentences share neurons, the local one gives each some of its own.
-    embedding: the sentence as a vector of norm 1. lambdas: sparsity over the global and over the local dictionary.
+    embedding: the sentence as a vector of norm 1. lambdas: penalty over the global and over the local dictionary.
     """
     neurons = []
     for layer, pair in enumerate(dictionaries(len(embedding), task, widths, seed), start=1):
-        of_all, own = (sparse_prompt(embedding, atoms, sparsity) for atoms, sparsity in zip(pair, lambdas, strict=True))
+        of_all, own = (sparse_prompt(embedding, atoms, penalty) for atoms, penalty in zip(pair, lambdas, strict=True))
         neurons.append(torch.from_numpy(of_all | own).nonzero()[:, 0])
         if len(neurons[-1]) == 0:
             raise ValueError(f"task {task} gets no neuron in layer {layer}; lower lambda")
@@ -213,7 +213,7 @@ class SharedPolicy:
     def __init__(self, network: nn.Module, hidden, heads, own_heads=(), beta=0.3, trainable_weight=None):
         self.network, self.hidden, self.layers, self.own_heads = network, hidden, [*hidden, *heads], own_heads
         self.beta, self.trainable_weight = beta, 1 - beta if trainable_weight is None else trainable_weight
-        weights = {name: network.get_submodule(name).weight for name in (*self.layers, *own_heads)}
+        weights = {name: network.get_parameter(f"{name}.weight") for name in (*self.layers, *own_heads)}
         self.owner = {name: torch.full_like(w, NOBODY, dtype=torch.int32) for name, w in weights.items()}
         self.neurons, self.own = [], {}
 
@@ -226,7 +226,7 @@ class SharedPolicy:
         """Of a layer's weight and bias: (parameter, index, frozen). parameter[index] is the task's share of it.
 
         The share is Psi~_k[i, j] = phi^l[i] phi^{l-1}[j] (Eq. 5), with all inputs and outputs of the network. Frozen is
-        what is in an earlier task's too (Psi_{k-1}): not a weight between old neurons that no old task uses together.
+        what is in an earlier task's too (Psi_{k-1}). A weight between old neurons that no task used together is free.
         """
         layer, owner = self.network.get_submodule(name), self.owner[name]
         rows, columns = (torch.arange(size, device=owner.device) for size in owner.shape)
@@ -258,8 +258,8 @@ class SharedPolicy:
                 parameter[index] = torch.where(frozen, parameter[index], getattr(policy.get_submodule(name), kind))
             owner, block = self.owner[name], places["weight"][1]  # NOBODY becomes `task`, earlier owners stay
             owner[block] = owner[block].clamp_max(task)
-        own = {key: value for key, value in policy.state_dict().items() if key.rpartition(".")[0] not in self.layers}
-        self.own[task] = copy.deepcopy(own)
+        own = {key.removeprefix("_orig_mod."): value for key, value in policy.state_dict().items()}  # if it is compiled
+        self.own[task] = copy.deepcopy({key: own[key] for key in own if key.rpartition(".")[0] not in self.layers})
 
 
 # ----------------------------------------------------------------------------------------- the method: dormant neurons
@@ -268,7 +268,7 @@ class SharedPolicy:
 class DormantResets:
     """Resets dormant neurons: their trainable incoming weights return to the values at the time that this was made.
 
-    layers: hidden layers of a task's policy as `forward` calls them, last a head. every, until: steps of the task.
+    layers: the hidden layers of a task's policy as its forward pass calls them, then a head. every, until: its steps.
     """
 
     STATE = ("start",)
@@ -283,9 +283,9 @@ class DormantResets:
 
     @torch.no_grad()
     def reset(self, forward: Callable, obs: Tensor) -> list[Tensor]:
-        """Where `neuron_scores`, which it returns, are low: reset trainable incoming weights, biases and moments."""
+        """Where a neuron's score is low: reset trainable incoming weights, bias and moments. Returns the scores."""
         scores = neuron_scores(self.layers, forward, obs, self.metric)
-        for layer, start, score in zip(self.layers, self.start, scores, strict=False):  # not the head
+        for layer, start, score in zip(self.layers[:-1], self.start, scores, strict=True):
             dormant = score < self.threshold
             for parameter, value in zip(layer.parameters(), start, strict=True):
                 parameter[dormant] = value[dormant]
@@ -300,7 +300,7 @@ def neuron_scores(layers: list[nn.Module], forward: Callable, obs: Tensor, metri
     """How alive the neurons of each hidden layer are, 1 = the layer's mean: (width,) each.
 
     "sensitivity" (Eq. 9): mean |y_i(x) - y_i(x')| of the layer's linear output, x' = x + 0.01 mean(x) for observations
-    x (batch, obs_dim); "activation" (ReDo, Sokar et al. 2023): mean |h_i|. Either is divided by the layer's mean.
+    x (batch, obs_dim), not centred; "activation" (ReDo, Sokar et al. 2023): mean |h_i|. forward: uncompiled policy.
     """
     calls = []  # (input, linear output) of each layer, on x and on x'; cloned: an activation may work in place
     hooks = [layer.register_forward_hook(lambda _, x, y: calls.append((x[0], y.clone()))) for layer in layers]
@@ -473,7 +473,7 @@ def shared_policy(args: Args, actor: Actor) -> SharedPolicy:
 
 
 def lambdas(args: Args, task: int, tasks: int) -> tuple[float, float]:
-    """Sparsity over the global and over the task's own dictionary."""
+    """Penalties over the global and over the task's own dictionary."""
     end = args.lambda_local if args.lambda_local_end is None else args.lambda_local_end
     return args.lambda_global, args.lambda_local + (end - args.lambda_local) * task / max(1, tasks - 1)
 
@@ -498,12 +498,12 @@ class Agent:
 
     def neurons(self, task: int) -> list[Tensor]:
         """`task_neurons`. Raises ArgumentError where a layer gets none."""
-        args, sparsities = self.args, lambdas(self.args, task, len(self.embeddings))
+        args, penalties = self.args, lambdas(self.args, task, len(self.embeddings))
         try:
             widths = [args.hidden_dim] * args.hidden_layers
-            return task_neurons(self.embeddings[task], task, widths, sparsities, args.seed)
+            return task_neurons(self.embeddings[task], task, widths, penalties, args.seed)
         except ValueError as error:
-            raise cli.ArgumentError("--lambda-global {} --lambda-local {}: {}".format(*sparsities, error)) from None
+            raise cli.ArgumentError("--lambda-global {} --lambda-local {}: {}".format(*penalties, error)) from None
 
     def begin_task(self) -> None:
         """Give the next task its part of the network, and new critics, temperature and optimizers."""
@@ -589,7 +589,7 @@ class Agent:
         return partial(policy.act, explore=True)
 
     def update(self, logged: bool = False) -> None:
-        """One SAC update; `losses` has the latest. logged: its gradients are asked for."""
+        """One SAC update; `losses` has the latest. logged: `.grad` will be read."""
         self.captured(eager=logged)
 
     def learn(self) -> None:
@@ -617,8 +617,8 @@ class Agent:
         scores = self.dormant.reset(self.policy, self.replay.recent(METRIC_BATCH)["obs"])
         resets, log = self.resets[-1], {}
         for i, (layer, score) in enumerate(zip(self.policy.hidden, scores, strict=True)):
-            dormant = score < self.dormant.threshold  # which is 0 with --dormant-metric none
-            resets[i] += int((dormant & layer.weight_gate.any(1)).sum())  # where all is frozen nothing is reset
+            low = score < self.dormant.threshold  # which is 0 with --dormant-metric none
+            resets[i] += int((low & layer.weight_gate.any(1)).sum())  # where all is frozen nothing is reset
             log |= {f"method/score/layer{i + 1}": score, f"method/resets/layer{i + 1}": resets[i]}
             log[f"method/dormant_share/layer{i + 1}"] = (score < self.args.dormant_threshold).float().mean()
         return log
@@ -684,15 +684,15 @@ def refuse_empty_tasks(agent: Agent) -> None:
     its lambda; one that it misses is refused at its start.
     """
     for task, embedding in enumerate(agent.embeddings):
-        sparsities = lambdas(agent.args, task, len(agent.embeddings))
+        penalties = lambdas(agent.args, task, len(agent.embeddings))
         widths = [agent.args.hidden_dim] * agent.args.hidden_layers
         for pair in dictionaries(len(embedding), task, widths, agent.args.seed):
-            if all((atoms @ embedding).max() <= sparsity for atoms, sparsity in zip(pair, sparsities, strict=True)):
+            if all((atoms @ embedding).max() <= penalty for atoms, penalty in zip(pair, penalties, strict=True)):
                 agent.neurons(task)
 
 
 def share_scalars(agent: Agent) -> dict[str, float]:
-    """What the present task got of each layer, and what all have of it so far, as points of TensorBoard."""
+    """What the present task got of each layer, and what earlier tasks own of it, as points of TensorBoard."""
     if not agent.shared:
         return {}
     names, scalars = [*(f"layer{i + 1}" for i in range(agent.args.hidden_layers)), "head"], {}

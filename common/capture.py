@@ -24,9 +24,9 @@ WARM_UP = 3  # calls before the capture: optimizers make their state, libraries 
 class Captured:
     """A function as CUDA graphs, one for each combination of its arguments. Without `graphs`: the function itself.
 
-    schedules: with the same arguments, what decides which connections exist. Each counts the function's calls in
-    `updates` and is `due` where the next one changes connections. That one runs operator by operator: it may wait for
-    the device and draw on the CPU, and like all else it changes tensors in place.
+    schedules: called with the same arguments, returns what decides which connections exist. Each counts the calls of
+    the function in `updates` and is `due` where the next one changes connections. That one runs operator by operator:
+    it may wait for the device and draw on the CPU, and like all else it changes tensors in place.
     """
 
     def __init__(self, function: Callable, device: torch.device, graphs: bool, schedules: Callable | None = None):
@@ -98,9 +98,9 @@ class CapturedPolicy:
 
 
 def with_gradients(loss: Callable, optimizer: torch.optim.Optimizer, compiled: bool) -> Callable:
-    """`loss`, which then also leaves gradients in `.grad` of the optimizer's parameters, of what it returns first.
+    """`loss`, which also leaves in `.grad` of the optimizer's parameters the gradients of the first value it returns.
 
-    loss: returns a tensor, or a tuple whose first is the loss, averaged if it has several elements. compiled: from the
+    loss: returns the loss or a tuple that begins with it; of several elements the mean counts. compiled: from the
     arguments to the gradients it is one function of `torch.compile`. The optimizer's step is no part of it.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -48,7 +48,7 @@ Cycles = Annotated[int, Interval(ge=1, le=1000)]  # of a sequence of tasks: each
 Device = Literal["auto", "cpu", "cuda"]
 # Arguments that do not change what a run computes: free to differ on --resume.
 OUTPUT_ARGS = {"resume", "run_dir", "quiet", "track", "wandb_project", "capture_video", "checkpoint_every"}
-OUTPUT_ARGS |= {"num_workers", "device", "cuda_graph", "torch_threads"}  # where: each machine rounds in its own way
+OUTPUT_ARGS |= {"num_workers", "device", "cuda_graph", "torch_threads"}  # where it runs, which may change rounding
 FLOAT32_MAX = 3.4e38  # what the networks compute with
 EVALUATE_ARGS = {"evaluate", "episodes", "device", "torch_threads", "quiet", "capture_video"}  # of --evaluate itself
 BOUNDS = {  # bound -> (does the value keep it, how to say it)
@@ -128,9 +128,8 @@ def chosen(args, presets: dict[str, dict]) -> dict:
 
 def with_defaults(args, values: dict):
     """`args` with `values` in the fields that have their class's default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    given = {name for name, value in defaults.items() if getattr(args, name) != value}
-    return dataclasses.replace(args, **{name: value for name, value in values.items() if name not in given})
+    unchanged = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) == field.default}
+    return dataclasses.replace(args, **{name: value for name, value in values.items() if name in unchanged})
 
 
 def load_run(run_dir: str, cls: type, script: str):

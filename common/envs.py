@@ -116,9 +116,9 @@ def env_options(args) -> dict:
 def env_sizes(env_id: str, args=None, flag: str = "--env-id") -> tuple[int, int]:
     """Observation and action dimension of an environment.
 
-    args: of the script, with what they ask of the environment: it is tried for a step before a run depends on it, also
-    whether a video can be drawn. flag: the argument that named it. Raises ArgumentError for what `make_env` refuses, or
-    an environment that cannot be played.
+    It is reset and played for a step, and with --capture-video a frame is drawn, before a run depends on it. args: of
+    the script, for the environment's options. flag: the argument that named it. Raises ArgumentError for what
+    `make_env` refuses or what cannot be played, NotFiniteError for a reward or observation that is not finite.
     """
     options = env_options(args)
     try:
@@ -553,7 +553,7 @@ class TaskEnvs:
 
 
 class WorkerEnvs:
-    """The same, spread over processes. Same arguments, same results, where PyTorch flushes denormal numbers.
+    """`TaskEnvs`, spread over `workers` processes: the same results, where PyTorch flushes denormal numbers.
 
     The processes do not see a run's signals, which come to a whole group: they end when this one closes them or ends.
     """

@@ -30,10 +30,10 @@ def hidden_features(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tenso
     """Activations of all hidden layers during one forward pass `module(*inputs)`, in the order of the calls.
 
     A hidden layer's activation is what the next layer reads: so any activation will do, in any form. They are caught at
-    the inputs of every layer but the first; what two heads or twins read in common counts once, and so does the
-    network's own input, which is no feature. A layer is a module with a `weight` parameter of two or more dimensions.
-    Its forward hooks must run: give the plain module, not what `torch.compile` returns. Two limits: branches must read
-    inputs that were joined or scaled once for all, and what a layer has read must not be changed in place.
+    the inputs of every layer but the first. What two heads or twins read in common counts once; the network's own input
+    does not count. A layer is a module with a `weight` parameter of two or more dimensions. Its forward hooks must run:
+    give the plain module, not what `torch.compile` returns. Two limits: inputs are joined or scaled once for all
+    branches, else they count as features; and what a layer has read must not be changed in place.
 
     Returns a list of (samples, units) tensors without gradient. A convolution's input (batch, channels, height, width)
     gives a row per place and a unit per channel. The input (k, batch, units) of a layer with a weight per expert,
@@ -251,24 +251,6 @@ def fisher_trace(
         return sum(g.square().sum() for g in gradient.values())
 
     return torch.func.vmap(squared_norm, chunk_size=chunk_size)(*samples).mean()
-
-
-def sensitivity(outputs: Tensor, outputs_perturbed: Tensor, active: Tensor | None = None) -> Tensor:
-    """Sensitivity score of each unit of a layer to a perturbed input (SSDE, arXiv 2503.05246, Eq. 9).
-
-    Delta_i = mean_x |y_i(x) - y_i(x')|, score_i = Delta_i / mean_k Delta_k. In a layer that does not react at all every
-    score is 0. Units outside `active` score NaN, which no threshold selects.
-
-    outputs, outputs_perturbed: (batch, units) of the same layer for x and x'; active: boolean (units,) or None.
-    Returns a (units,) tensor. Raises ValueError for shapes that do not fit.
-    """
-    if outputs.shape != outputs_perturbed.shape:
-        raise ValueError(f"outputs differ in shape: {tuple(outputs.shape)} and {tuple(outputs_perturbed.shape)}")
-    [(difference, mask)] = _layers_and_masks([outputs - outputs_perturbed], None if active is None else [active])
-    delta = torch.where(mask, difference.abs().mean(0), 0)
-    layer_mean = delta.sum() / mask.sum()
-    score = torch.where(layer_mean == 0, 0, delta / layer_mean)
-    return torch.where(mask, score, torch.nan)
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation

@@ -134,8 +134,8 @@ def test_captured_it_trains_as_operator_by_operator(learner, request, counted, r
         assert all(weights.isfinite().all() for weights in late[-1][0].values())
         assert all(loss.isfinite() for loss in other.agent.losses.values())
     expected = {name: 2 * count for name, count in one.graphs.items()}
-    if "update_encoder" in expected:
-        expected["update_encoder"] -= 1  # when it is resumed, episodes terminate already
+    if "learn_encoder" in expected:
+        expected["learn_encoder"] -= 1  # when it is resumed, episodes terminate already
     assert len(replays) == counted.replays(expected) > UPDATES  # of updates and of the policy
     (plain, masks, numbers, drawn), (weights, other_masks, other_numbers, other_drawn) = late
     assert numbers == other_numbers and drawn == other_drawn

@@ -27,7 +27,6 @@ from common.metrics import (
     hidden_features,
     performance_cw,
     plasticity,
-    sensitivity,
     singular_values,
     srank,
     stable_rank,
@@ -254,7 +253,6 @@ def test_nan_is_never_a_plausible_number():
             assert metric([h], active=[without]).isfinite()  # a unit outside the mask cannot spoil the others
         for metric in (srank, effective_rank, stable_rank):
             assert metric(singular_values(h)).isnan()
-        assert sensitivity(h, torch.zeros(3, 3)).isnan().any()
 
 
 def test_masks_and_features_must_fit():
@@ -380,30 +378,6 @@ def test_fisher_trace_of_a_gaussian_mean_is_its_known_value():
     actions = theta + sigma * torch.randn(20_000, 1)
     trace = fisher_trace(lambda p, a: (-0.5 * ((a - p["mean"]) / sigma) ** 2).sum(), {"mean": theta}, (actions,), 5_000)
     assert trace.item() == pytest.approx(1 / sigma**2, rel=0.05)
-
-
-@few_examples
-@given(seeds, sizes, sizes)
-def test_sensitivity_is_equation_9(seed, batch, units):
-    rng = np.random.default_rng(seed)
-    y, y_perturbed = rng.normal(size=(2, batch, units))
-    mask = rng.random(units) < 0.6
-    mask[rng.integers(units)] = True
-    delta = [sum(abs(y[n, i] - y_perturbed[n, i]) for n in range(batch)) / batch for i in range(units)]
-    for chosen in (np.ones(units, dtype=bool), mask):
-        layer_mean = sum(d for d, used in zip(delta, chosen, strict=True) if used) / sum(chosen)
-        expected = [d / layer_mean if used else NAN for d, used in zip(delta, chosen, strict=True)]
-        score = sensitivity(torch.from_numpy(y), torch.from_numpy(y_perturbed), torch.from_numpy(chosen))
-        assert score.tolist() == pytest.approx(expected, nan_ok=True)
-
-
-def test_sensitivity_by_hand():
-    y = torch.tensor([[1.0, 5.0, -2.0], [1.0, 5.0, 2.0]])
-    moved = torch.tensor([[3.0, 5.0, -2.0], [-1.0, 5.0, 3.0]])  # Delta = 2, 0, 0.5
-    assert sensitivity(y, moved).tolist() == pytest.approx([2.4, 0.0, 0.6])
-    assert sensitivity(y, y).tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match="differ in shape"):
-        sensitivity(y, moved[:, :1])
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation

@@ -137,7 +137,7 @@ def test_an_agents_encoder_learns_from_its_target_and_from_terminals_once_there_
     agent = authors_agent(authors)
     monkeypatch.setattr(agent.replay, "sample_rows", torch.arange)
     monkeypatch.setattr(agent.replay, "sub_trajectories", lambda rows: encoder_batch(authors))
-    agent.update_encoder(terminates)
+    agent.learn_encoder(terminates)
     close(agent.losses["encoder"], authors["loss.encoder_loss_" + ("terminating" if terminates else "non_terminating")])
     if terminates:
         expected = their_weights(authors, agent.networks["encoder"], "after_encoder_step.grad")
@@ -171,7 +171,7 @@ def test_one_update_of_critic_and_actor_is_the_authors(authors, monkeypatch):
     monkeypatch.setattr(agent.replay, "sample_rows", torch.arange)
     monkeypatch.setattr(agent.replay, "transitions", lambda _: rl_batch(authors))
     monkeypatch.setattr(agent.replay, "update_priority", lambda rows, priority: priorities.update(now=priority))
-    agent.update_critic_and_actor()
+    agent.learn_critic_and_actor()
     close(agent.losses["critic"], authors["loss.value_loss"])
     close(agent.losses["actor"], authors["loss.policy_loss_after_value_step"])
     close(priorities["now"], authors["lap_priority"])
@@ -379,7 +379,7 @@ def test_the_actors_loss_computes_no_gradients_of_encoder_and_critic():
         gradients[name] = [parameter.grad.clone() for parameter in agent.networks["critic"].parameters()]
 
     agent.step = step
-    agent.update_critic_and_actor()
+    agent.learn_critic_and_actor()
     assert all(torch.equal(*pair) for pair in zip(gradients["critic"], gradients["actor"], strict=True))
     assert all(parameter.grad is None for parameter in agent.networks["encoder"].parameters())
     assert all(parameter.grad is not None for parameter in agent.networks["actor"].parameters())
@@ -405,9 +405,9 @@ def test_a_numpy_flag_of_an_environment_leaves_a_readable_checkpoint(tmp_path):
 
 def test_targets_are_copied_first_and_then_the_encoder_is_trained_as_often():
     agent, calls = filled_agent(), []
-    true_copy, true_encoder = agent.copy_targets, agent.train_encoder
+    true_copy, true_encoder = agent.copy_targets, agent.captured_encoder
     agent.copy_targets = lambda: (calls.append("copy"), true_copy())
-    agent.train_encoder = lambda terminates: (calls.append("encoder"), true_encoder(terminates))
+    agent.captured_encoder = lambda terminates: (calls.append("encoder"), true_encoder(terminates))
     before = {name: p.clone() for name, p in agent.networks["encoder"].state_dict().items()}
     period = agent.args.target_update_every
     for _ in range(period + 1):
@@ -458,8 +458,8 @@ def test_bfloat16_gives_nearly_the_same_losses_and_every_gradient():
         agent.copy_targets()
         torch.manual_seed(0)
         agent.replay.sample_rows = lambda _: torch.arange(1, 5)
-        agent.update_critic_and_actor()
-        agent.update_encoder(agent.replay.terminates)
+        agent.learn_critic_and_actor()
+        agent.learn_encoder(agent.replay.terminates)
         for name, parameter in weights_of(agent):
             assert parameter.grad.abs().sum() > 0 and parameter.dtype == torch.float32, name
     for name, value in exact.losses.items():
@@ -476,8 +476,8 @@ def test_bfloat16_is_for_products_and_not_for_features_and_values():
                     kind, dtypes = type(layer).__name__, seen.setdefault((id(group), net, name), set())
                     layer.register_forward_hook(lambda _, x, y, kind=kind, seen=dtypes: seen.add((kind, y.dtype)))
     agent.copy_targets()
-    agent.update_encoder(agent.replay.terminates)
-    agent.update_critic_and_actor()
+    agent.learn_encoder(agent.replay.terminates)
+    agent.learn_critic_and_actor()
     expected = {"Linear": torch.bfloat16, "Block": torch.float32, "ValueLayer": torch.float32}
     assert {pair for dtypes in seen.values() for pair in dtypes} == set(expected.items())
     assert [key[1:] for key, dtypes in seen.items() if not dtypes] == [("encoder", "model")]  # of the target
@@ -555,8 +555,8 @@ def test_compiled_it_is_the_same_update(monkeypatch):
     for agent in agents:
         torch.manual_seed(1)
         agent.copy_targets()
-        agent.update_encoder(agent.replay.terminates)
-        agent.update_critic_and_actor()
+        agent.learn_encoder(agent.replay.terminates)
+        agent.learn_critic_and_actor()
     for (name, weight), (_, other) in zip(weights_of(agents[0]), weights_of(agents[1]), strict=True):
         torch.testing.assert_close(weight, other, msg=name)
 
@@ -765,7 +765,7 @@ def test_an_update_reads_the_dense_gradient_then_masks_it_then_clips_it():
     agent = filled_agent(rigl_every=4, max_grad_norm=0.05)
     agent.copy_targets()
     for _ in range(3):
-        agent.update_critic_and_actor()
+        agent.learn_critic_and_actor()
     critic, topology = agent.networks["critic"], agent.topologies["critic"]
     hand, optimizer = make_agent().networks["critic"], agent.optimizers["critic"]
     hand.load_state_dict(critic.state_dict())
@@ -887,7 +887,7 @@ def test_a_wide_and_deep_network_makes_a_step():
 def finished_run(tmp_path_factory):
     """A whole run on Hopper whose topologies are checked after every update."""
     run_dir = tmp_path_factory.mktemp("mst_rigl") / "run"
-    true_update, true_copy, true_policy = Agent.update, Agent.copy_targets, mst_rigl.policy
+    true_update, true_copy, true_policy = Agent.update, Agent.copy_targets, mst_rigl.action_of
     masks, acted, warm_up, seeds = [], {"explore": [], "greedy": []}, [], []
 
     def policy(encoder, actor, obs, noise=0.0):

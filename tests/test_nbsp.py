@@ -1196,7 +1196,11 @@ BAD_ARGUMENTS = {
     "task twice": (["--task-seq", "reach,push,reach"], r"--task-seq reach,push,reach: .*reach-v3 comes twice"),
     "method": (["--method", "spn"], r"--method.*(nbsp).*"),
     "proportion": (["--skill-proportion", "1.2"], r"--skill-proportion 1\.2: must be .*at most 1"),
-    "replay": (["--replay-every", "2"], "--replay-every 2: must be other than 2: the actor would learn on earlier"),
+    "replay": (
+        ["--replay-every", "2"],
+        "--replay-every 2: must be above 2: the actor would learn on earlier tasks only",
+    ),
+    "replay only": (["--replay-every", "1"], "--replay-every 1: must be above 2"),
     "old buffer": (["--previous-buffer-size", "1"], r"--previous-buffer-size 1: must be at least .*tasks, 2"),
     "scoring": (["--score-steps", "1"], r"--score-steps 1: must be at least 2"),
     "warm-up": (["--steps-per-task", "5000"], r"--learning-starts 5000: must be below --steps-per-task 5000"),

@@ -701,7 +701,7 @@ def test_compile_compiles_both_losses_and_learns_the_same(monkeypatch):
     ("changes", "warning"),
     [
         ({"topology_every": 200}, "growth in 2 large step"),
-        ({"review_every": 200}, "no review without updates after two measurements"),
+        ({"review_every": 200}, "no review: two measurements take all updates"),
         ({"review_every": 199}, None),
         ({"method": "td3", "topology_every": 200, "review_every": 300}, None),
         ({}, None),
@@ -834,7 +834,7 @@ def test_episodes_are_seeded_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(ne.PadSpaces, "reset", reset)
     changes = {"steps_per_task": 60, "learning_starts": 50, "cycles": 1, "eval_every": 1000, "eval_episodes": 1}
     ne.main(Args(**(SEQUENCE | changes), run_dir=str(tmp_path)))
-    per_visit = [[ne.seed_of(1, ne.TRAIN_EPISODES, phase, episode) for episode in range(60)] for phase in range(2)]
+    per_visit = [[ne.seed_of(1, ne.TRAIN_STARTS, phase, episode) for episode in range(60)] for phase in range(2)]
     training = [[seed for seed in seeds if seed in own] for own in per_visit]  # the others are evaluations
     assert all(len(used) > 1 and used == own[: len(used)] for used, own in zip(training, per_visit, strict=True))
     assert not set(per_visit[0]) & set(per_visit[1])

@@ -696,7 +696,7 @@ def test_the_defaults_are_the_papers_settings():
     assert {name: getattr(Args(), name) for name in expected} == expected
     assert (script.LOG_STD_MIN, script.LOG_STD_MAX, script.METRIC_BATCH, script.MAX_RESETS) == (-20, 2, 1024, 2)
     agent = make_agent()
-    for optimizer in (agent.actor_optimizer, agent.q_optimizer, agent.alpha_optimizer):
+    for optimizer in (agent.actor_optimizer, agent.critic_optimizer, agent.alpha_optimizer):
         [group] = optimizer.param_groups
         assert (group["eps"], group["lr"], group["betas"], group["weight_decay"]) == (1e-5, 3e-4, (0.9, 0.999), 0)
     assert (agent.log_alpha == 0).all()  # temperatures begin at 1

@@ -501,6 +501,19 @@ def test_sensitivity_scores_equal_a_loop_over_neurons_and_observations():
         torch.testing.assert_close(score, torch.tensor(delta) / np.mean(delta), atol=1e-3, rtol=1e-3)
 
 
+def test_a_compiled_policy_is_written_back_whole_and_scoring_it_is_refused():
+    """Hooks that came after its compilation do not run, so no neuron would ever be reset."""
+    agent = trained_agent()
+    compiled, obs = torch.compile(agent.policy, backend="eager"), agent.replay.recent(40)["obs"]
+    with torch.no_grad():
+        expected = compiled(obs)
+    with pytest.raises(ValueError, match="zip"):
+        agent.dormant.reset(compiled, obs)
+    agent.shared.end_task(compiled)
+    for got, want in zip(agent.shared.cut(1)(obs), expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_activation_scores_are_redos():
     agent = trained_agent(dormant_metric="activation")
     obs = agent.replay.recent(40)["obs"]

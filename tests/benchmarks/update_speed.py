@@ -344,8 +344,8 @@ def mst_rigl_case(preset: str, args: Args, graph: bool, **changes) -> Case:
     agent.copy_targets()
 
     def update() -> None:
-        agent.train_encoder(replay.terminates)
-        agent.train_critic_and_actor()
+        agent.captured_encoder(replay.terminates)
+        agent.captured_critic_and_actor()
 
     run = partial(train, agent, env_id, add=replay.add, action_repeat=2)
     return Case(agent, update, np.zeros(obs_dim, np.float32), run, turn=500)

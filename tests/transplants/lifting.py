@@ -2,7 +2,7 @@
 
 A script's docstring says what to take, in one paragraph:
 
-    Copy: `Topology`, `rigl_topology` and `rigl_fraction` (75 lines; tests/transplants/rigl_sac.py does it).
+    Copy: `erdos_renyi_counts`, `rigl_fraction`, `rigl_topology` and `Topology` (80 lines; ...).
 
 `lift("mst_rigl")` runs these names, with the imports that they need and nothing else, in an empty namespace.
 """
@@ -14,16 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[2]
-ALLOWED = {
-    "collections",
-    "copy",
-    "itertools",
-    "math",
-    "numpy",
-    "sklearn",
-    "torch",
-    "warnings",
-}  # a block may import these
+ALLOWED = {"collections", "copy", "itertools", "math", "numpy", "sklearn", "torch", "warnings"}  # to import in a block
 
 
 @dataclass

@@ -121,11 +121,11 @@ def train(args):
     q_topologies = []  # NE
     for qf, target in ((qf1, qf1_target), (qf2, qf2_target)):  # NE
         layers, targets = [qf.fc1, qf.fc2, qf.fc3], [target.fc1, target.fc2, target.fc3]  # NE
-        schedule = {"topology_every": every, "topology_until": until}  # NE
+        schedule = {"every": every, "until": until}  # NE
         q_topologies.append(ne.Topology(layers, q_optimizer, targets, **schedule, **options))  # NE
     layers = [actor.fc1, actor.fc2, actor.fc_mu]  # NE
     targets = [target_actor.fc1, target_actor.fc2, target_actor.fc_mu]  # NE
-    schedule = {"topology_every": every // 2, "topology_until": until // 2}  # NE
+    schedule = {"every": every // 2, "until": until // 2}  # NE
     actor_topology = ne.Topology(layers, actor_optimizer, targets, **schedule, **options)  # NE
     review = ne.Review(generator=options["generator"])  # NE
 

@@ -192,7 +192,7 @@ def test_layers_held_in_any_way(shape, optimizer):
     target, inputs = copy.deepcopy(net), 16 if shape == "convolution" else 5
     options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
     optimizer = optimizer(net.parameters(), lr=1e-2, **options)
-    numbers = {"topology_every": 4, "topology_until": 30, "dormant_threshold": 0.3}
+    numbers = {"every": 4, "until": 30, "dormant_threshold": 0.3}
     topology = ne.Topology(net.layers(), optimizer, target.layers(), **numbers)
     assert len(topology.layers) == len(topology.masks) == (3 if shape == "convolution" else 4)
     for update in range(1, 41):
@@ -216,7 +216,7 @@ def test_a_dormant_neuron_is_pruned_in_both_heads():
     torch.manual_seed(0)
     net = TwoHeads()
     optimizer = torch.optim.Adam(net.parameters())
-    numbers = {"topology_every": 1, "topology_until": 2, "prune_limit": 1.0}
+    numbers = {"every": 1, "until": 2, "prune_limit": 1.0}
     topology = ne.Topology(net.layers(), optimizer, **numbers)  # without targets
     net.fc2.bias.data[3] = -1000
     for layer in (net.fc_mean, net.fc_logstd, net.fc2):  # all its connections are there
@@ -232,7 +232,19 @@ def test_a_dormant_neuron_is_pruned_in_both_heads():
     assert net.fc2.bias[3] == 0  # without inputs for a moment: it starts anew
 
 
+def test_half_an_update_too_many_still_ends_at_full_size():
+    net = TwoHeads()
+    optimizer = torch.optim.Adam(net.parameters())
+    topology = ne.Topology(net.layers(), optimizer, every=5, until=25 / 2)  # as `until / delay` gives it
+    for _ in range(13):
+        net(torch.randn(32, 5)).sum().backward()
+        topology.before_step()
+        optimizer.step()
+        topology.after_step(lambda: net(torch.randn(32, 5)))
+    assert all(mask.all() for mask in topology.masks)
+
+
 def test_a_list_in_the_wrong_order_is_refused():
     net = TwoHeads()
     with pytest.raises(AssertionError, match="level 1 does not read level 0"):
-        ne.Topology([net.fc2, net.fc1], torch.optim.Adam(net.parameters()), topology_every=1, topology_until=1)
+        ne.Topology([net.fc2, net.fc1], torch.optim.Adam(net.parameters()), every=1, until=1)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sklearn.decomposition  # noqa: F401  the block imports it when called, which draws from Python's generator
 import ssde_sac
 import torch
 import torch.nn as nn
@@ -261,6 +262,13 @@ def test_any_actor_keeps_what_its_tasks_have_learned(ssde, name, optimizer):
         for old, outputs in enumerate(finished):
             assert all(torch.equal(a, b) for a, b in zip(shared.cut(old)(obs), outputs, strict=True)), (task, old)
     assert any(shared.places(3, layer)["weight"][2].any() for layer in hidden)
+
+
+def test_a_weight_that_is_computed_from_others_is_refused(ssde):
+    network = Stacked()
+    nn.utils.parametrizations.weight_norm(network.net[2])
+    with pytest.raises(AttributeError, match=r"not an .*Parameter"):
+        ssde.SharedPolicy(network, ["net.0", "net.2"], ["head"])
 
 
 def test_a_layer_norm_sees_the_neurons_of_the_task_only(ssde):
