@@ -18,7 +18,7 @@ Copy: `SkillMasks`, `neuron_scores`, `skill_neurons`, `neuron_masks`, `dealt_ane
     python nbsp.py --quick                                          # reach, button-press, twice: minutes on a CPU
     python nbsp.py --task-seq window-open,window-close --cycles 2   # the paper's first cycle, 500 000 steps a visit
 
-No code of the authors is known. Where we differ from the paper (1, 3), and what we chose where it is silent:
+We know of no public code of the authors. Where we differ from the paper (1, 3), and what we chose where it is silent:
 
 1. Adam's step hardly depends on a constant scale of the gradient. So the mask scales the step itself, and the moments
    see the whole gradient (`--mask-target update`); `gradient` is the paper's letter.
