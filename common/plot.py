@@ -328,10 +328,10 @@ def draw(evaluations: pd.DataFrame, final: pd.DataFrame, path: Path, reps: int) 
     columns = min(PANELS_PER_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(9, 0.8 + {1: 3.6, 2: 2.9}.get(columns, 2.0) * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=measure == "success", squeeze=False)
+    axes, single_runs = figure.subplots(rows, columns, sharex=True, sharey=measure == "success", squeeze=False), False
     for axis, (label, panel) in zip(axes.flat, panels, strict=False):
         for group in heads:
-            draw_group(axis, panel[panel["group"] == group], measure, finished, style[group], reps)
+            single_runs |= draw_group(axis, panel[panel["group"] == group], measure, finished, style[group], reps)
         for border in borders:
             axis.axvline(border, color="0.6", linewidth=0.6, zorder=0)
         axis.set_title(label, fontsize=9)
@@ -346,7 +346,8 @@ def draw(evaluations: pd.DataFrame, final: pd.DataFrame, path: Path, reps: int) 
         axis.remove()
     for axis in list(axes.flat)[max(0, len(panels) - columns) : len(panels)]:
         axis.tick_params(labelbottom=True)  # the last panel of each column
-    meaning = "line: interquartile mean of the runs; band: its 95 % bootstrap interval; thin lines: single runs"
+    meaning = "line: interquartile mean of the runs; band: its 95 % bootstrap interval"
+    meaning += "; thin lines: single runs" if single_runs else ""
     figure.supxlabel(f"{'phases, each drawn with the same width' if by_phase else 'steps'}\n{meaning}", fontsize=8)
     figure.supylabel(measure.replace("_", " "), fontsize=9)
     handles = [Line2D([], [], label=text, **style[group]) for group, text in heads.items()]
@@ -356,18 +357,19 @@ def draw(evaluations: pd.DataFrame, final: pd.DataFrame, path: Path, reps: int) 
     figure.savefig(path, dpi=150)
 
 
-def draw_group(axis, part: pd.DataFrame, measure: str, finished: set[str], style: dict, reps: int) -> None:
+def draw_group(axis, part: pd.DataFrame, measure: str, finished: set[str], style: dict, reps: int) -> bool:
     """One line for the finished runs of a group on a task, or for all if none is; a thin one for each other run, and
-    for each run where there are few.
+    for each run where there are few. Returns whether there are thin ones.
     """
     done = part[part["run"].isin(finished)]
     steps, values = curves(done if len(done) else part, measure)
     if len(steps):
         axis.plot(steps, iqm(values), **style)
         axis.fill_between(steps, *interval(values, reps), color=style["color"], alpha=0.18, linewidth=0)
-    for name, run in part.groupby("run"):
-        if name not in finished or len(values) < FEWEST:
-            axis.plot(run["global_step"], run[measure], color=style["color"], linewidth=0.6, alpha=0.6)
+    singles = [run for name, run in part.groupby("run") if name not in finished or len(values) < FEWEST]
+    for run in singles:
+        axis.plot(run["global_step"], run[measure], color=style["color"], linewidth=0.6, alpha=0.6)
+    return bool(singles)
 
 
 # ------------------------------------------------------------------------------------------------------------ main
