@@ -355,6 +355,15 @@ def test_unfinished_runs_are_drawn_and_counted(sweep):
     assert (begun / "plot.png").is_file()
 
 
+def test_the_figure_names_thin_lines_where_there_are_any(sweep, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    run_main(sweep)
+    two_task_run(sweep / "begun", "ssde", 9, 1, 1, finished=False)
+    run_main(sweep)
+    assert ["thin lines: single runs" in figure.get_supxlabel() for figure in figures] == [False, True]
+
+
 def test_files_are_written_beside_the_runs_and_suffice_to_redraw(sweep, tmp_path):
     two_task_run(sweep / "begun", "ssde", 9, 1, 1, finished=False)
     before = {path.relative_to(sweep) for path in sweep.rglob("*")}
