@@ -182,6 +182,12 @@ def test_a_message_without_the_frame_we_know_is_shown_whole():
     assert cli.one_line("error:\n  a bad word\n") == "error: a bad word"
 
 
+def test_a_run_draws_by_its_seed(tmp_path):
+    for seed in (3, 4):
+        cli.prepare(Args(seed=seed), "test_cli", PRESETS)
+        assert torch.initial_seed() == seed
+
+
 # ----------------------------------------------------------------------------------------------------------- checking
 
 

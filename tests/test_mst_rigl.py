@@ -702,6 +702,13 @@ def test_new_steps_start_at_the_largest_priority_ever_given():
     assert agent.replay.data["priority"][before : before + 8].tolist() == [3.0] * 3 + [0.0] * 5
 
 
+def test_new_steps_start_at_the_largest_priority_after_a_resume_too():
+    replay, other = (ReplayBuffer(50, 1, 1, CPU) for _ in range(2))
+    replay.update_priority(torch.tensor([1]), torch.tensor([3.0]))
+    other.load_state_dict(replay.state_dict())
+    assert other.max_priority == 3
+
+
 # ---------------------------------------------------------------------------------------------------------- topologies
 
 
@@ -887,13 +894,13 @@ def test_a_wide_and_deep_network_makes_a_step():
 def finished_run(tmp_path_factory):
     """A whole run on Hopper whose topologies are checked after every update."""
     run_dir = tmp_path_factory.mktemp("mst_rigl") / "run"
-    true_update, true_copy, true_policy = Agent.update, Agent.copy_targets, mst_rigl.action_of
+    true_update, true_copy, true_action_of = Agent.update, Agent.copy_targets, mst_rigl.action_of
     masks, acted, warm_up, seeds = [], {"explore": [], "greedy": []}, [], []
 
-    def policy(encoder, actor, obs, noise=0.0):
+    def action_of(encoder, actor, obs, noise=0.0):
         acted["explore" if noise else "greedy"].append(len(masks))  # updates so far
         assert noise in (0.0, Args.exploration_noise)
-        return true_policy(encoder, actor, obs, noise)
+        return true_action_of(encoder, actor, obs, noise)
 
     def copy_targets(agent):
         true_copy(agent)
@@ -917,7 +924,7 @@ def finished_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Agent, "update", update)
         patch.setattr(Agent, "copy_targets", copy_targets)
-        patch.setattr(mst_rigl, "policy", policy)
+        patch.setattr(mst_rigl, "action_of", action_of)
         patch.setattr(mst_rigl, "seed_of", lambda *words: seeds.append(words) or seed_of(*words))
         patch.setattr(mst_rigl, "LOG_EVERY", 100)
         results = mst_rigl.main(Args(**TINY, run_dir=str(run_dir)))
@@ -990,6 +997,29 @@ def test_a_dense_module_is_untouched_by_masks(finished_run):
     encoder = finished_run["checkpoint"]["agent"]["networks"]["encoder"]
     assert all((weight != 0).float().mean() > 0.99 for weight in encoder.values())
     assert finished_run["results"]["parameters"]["encoder"] == finished_run["results"]["parameters"]["encoder_active"]
+
+
+def test_evaluations_start_elsewhere_than_training():
+    """No start is both a training episode's and an evaluation's, whose first word after the seed is the stream."""
+    assert len({mst_rigl.TRAIN_STARTS, mst_rigl.EVAL_STARTS}) == 2
+
+
+def test_what_a_run_reports_is_what_its_files_and_masks_say(finished_run):
+    results, topologies = finished_run["results"], finished_run["checkpoint"]["agent"]["topologies"]
+    with open(finished_run["run_dir"] / "evaluations.csv", newline="") as file:
+        returns = [float(row["episode_return"]) for row in csv.DictReader(file)]
+    assert results["metrics"]["mean_return"] == pytest.approx(np.mean(returns)) and len(set(returns)) > 1
+    for name in ("critic", "actor"):
+        size = results["parameters"][name]
+        missing = sum(int((~mask).sum()) for mask in topologies[name]["masks"].values())
+        assert results["metrics"][f"sparsity/{name}/density"] == pytest.approx(1 - missing / size)
+
+
+def test_the_last_observation_of_an_episode_is_the_one_that_it_ended_with(finished_run):
+    """Not the one before, of which it would be a copy."""
+    data = finished_run["checkpoint"]["agent"]["replay"]["data"]
+    ends = (data["is_step"] == 0).nonzero()[:, 0]
+    assert len(ends) > 5 and not (data["obs"][ends] == data["obs"][ends - 1]).all(1).any()
 
 
 # -------------------------------------------------------------------------------------------------- the command line

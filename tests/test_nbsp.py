@@ -296,6 +296,11 @@ def test_a_resumed_control_draws_on():
     assert_same_tensors(state_of(agent), state_of(resumed))
 
 
+def test_the_controls_networks_draw_apart():
+    masks = make_agent(mask_neurons="random").skills.values()
+    assert len({int(torch.randint(2**40, (), generator=one.generator)) for one in masks}) == 3
+
+
 # --------------------------------------------------------------------------------------------------- gradient masking
 
 
@@ -657,6 +662,40 @@ def test_everything_learned_goes_on_through_a_border():
     assert len(before) == 9
     end_task(agent, 0, seed=7)
     assert_same_tensors(before, {name: state_of(getattr(agent, name)) for name in learned})
+
+
+def test_an_update_is_a_step_on_sacs_losses_of_one_batch_from_the_targets(monkeypatch):
+    monkeypatch.setattr(nbsp, "ACTOR_EVERY", 1)
+    agent = experienced_agent(tasks=0, gamma=0.7)
+    for parameter in agent.targets.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    actor, critics, targets, log_alpha = copy.deepcopy((agent.actor, agent.critics, agent.targets, agent.log_alpha))
+    torch.manual_seed(3)
+    agent.update()
+    torch.manual_seed(3)
+    batch = agent.replay.sample(32)
+    assert agent.losses["critic"] == nbsp.critic_loss(actor, critics, targets, log_alpha, batch, 0.7)[0]
+    loss, log_prob = nbsp.actor_loss(actor, agent.critics, log_alpha, batch["obs"])  # of the critics after their step
+    assert (agent.losses["actor"], agent.losses["entropy"]) == (loss, -log_prob)
+
+
+def test_defaults_are_the_papers_and_cleanrls():
+    args = Args()
+    named = {"method": "nbsp", "skill_proportion": 0.2, "mask_factor": 0.2, "replay_every": 10, "gpm": "success"}
+    named |= {"previous_buffer_size": 100_000, "buffer_size": 1_000_000, "batch_size": 256, "learning_starts": 5000}
+    named |= {"hidden_dim": 256, "hidden_layers": 2, "gamma": 0.99, "tau": 0.005, "actor_lr": 3e-4, "critic_lr": 1e-3}
+    named |= {"steps_per_task": 500_000, "cycles": 2, "score_steps": 5000, "eval_every": 10_000, "layer_norm": False}
+    assert {name: getattr(args, name) for name in named} == named
+    agent = make_agent()
+    optimizers = (agent.actor_optimizer, agent.critic_optimizer, agent.alpha_optimizer)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [3e-4, 1e-3, 1e-3]
+
+
+def test_the_log_std_lies_between_minus_5_and_2_by_a_tanh():
+    actor, obs = make_agent().actor, torch.randn(64, OBS_DIM)
+    torch.nn.init.normal_(actor.head.weight, std=3)
+    raw = actor.head(actor.hidden(obs))[:, ACT_DIM:]
+    torch.testing.assert_close(actor(obs)[1], -5 + 7 * (raw.tanh() + 1) / 2)
 
 
 # ----------------------------------------------------------------------------- tests/benchmarks/ablate_neurons.py
@@ -1071,6 +1110,30 @@ def test_it_learns_both_tasks_and_forgets_less_than_sac(tmp_path, toy):
     assert reports["nbsp"]["fwt"] >= 0.8 and reports["nbsp"]["fm"] <= 0.2
 
 
+def test_an_episode_that_succeeded_once_is_a_success_and_one_cut_short_is_not_whole(toy, tmp_path, monkeypatch):
+    seen, true_step = [], Point.step
+
+    def step(env, action):
+        *rest, info = true_step(env, action)
+        return *rest, info | {"success": float(env.steps == 3)}
+
+    monkeypatch.setattr(Point, "step", step)
+    monkeypatch.setattr(nbsp.Recorder, "episode", lambda recorder, *arguments: seen.append(arguments))
+    nbsp.main(Args(**(toy | {"cycles": 1}), run_dir=str(tmp_path / "run")))
+    visit = 4 * [(True, 20, 1)] + [(False, 10, 1)]
+    assert [(whole, length, success) for _, _, whole, _, length, success in seen] == 2 * visit
+
+
+def test_the_buffer_holds_an_episodes_steps_one_after_the_other(toy, tmp_path, monkeypatch):
+    kept, true_end = [], Agent.end_task
+    monkeypatch.setattr(Agent, "end_task", lambda a, *rest: (kept.append(a.replay.recent(90)), true_end(a, *rest)))
+    nbsp.main(Args(**toy, run_dir=str(tmp_path / "run")))
+    goes_on = torch.arange(89) % 20 != 19  # the next row is not of a new episode
+    for data in kept:
+        assert torch.equal(data["next_obs"][:-1][goes_on], data["obs"][1:][goes_on])
+        torch.testing.assert_close(data["next_obs"][:, :2], data["obs"][:, :2] + 0.2 * data["action"])
+
+
 # -------------------------------------------------------------------------------------------------- the command line
 
 
@@ -1153,11 +1216,12 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run_and_leaves_ever
 
 
 def test_interrupt_saves_prints_the_resume_command_and_exits_130(tmp_path):
-    options = {"run_dir": tmp_path / "run", "steps_per_task": 100_000, "checkpoint_every": 0, "quiet": False}
+    options = {"run_dir": tmp_path / "run", "steps_per_task": 100_000, "checkpoint_every": 0, "eval_every": 200}
+    options |= {"quiet": False}
     run = start(**(TINY | options))
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
+    evaluations = tmp_path / "run" / "evaluations.csv"
+    while not evaluations.exists() or len(evaluations.read_text().splitlines()) < 2:  # a row: after an episode
         time.sleep(0.1)
-    time.sleep(1)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130

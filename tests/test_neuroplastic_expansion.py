@@ -164,6 +164,11 @@ def test_topology_updates_come_at_the_interval_and_at_the_end(every, until, dela
     assert moments == {"critic": [m for m in critic for _ in range(2)], "actor": actor}
 
 
+def test_another_seed_has_other_connections():
+    one, same, other = (topologies_of(make_agent(seed=seed))[1].masks[1] for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
 # --------------------------------------------------------------------------------------------------- prune and grow
 
 
@@ -387,6 +392,22 @@ def test_growth_reads_the_gradients_of_the_batch_and_the_step_uses_the_old_masks
     assert new.any() and (agent.critic.twins[0][2].weight[new] == 0).all()
 
 
+def test_who_is_dormant_is_told_by_the_network_itself_on_the_batch(monkeypatch):
+    agent, outputs = make_agent(topology_every=1), []
+    for parameter in (*agent.target_actor.parameters(), *agent.target_critic.parameters()):
+        parameter.data.add_(0.1)
+    monkeypatch.setattr(Topology, "after_step", lambda topology, forward: outputs.append(forward()))
+    agent.updates = 1
+    torch.manual_seed(3)
+    agent.update()
+    torch.manual_seed(3)
+    batch = agent.replay.sample(agent.args.batch_size)
+    *of_critics, action = outputs
+    assert torch.equal(action, agent.actor(batch["obs"]))
+    for values in of_critics:
+        assert all(map(torch.equal, values, agent.critic(batch["obs"], batch["action"])))
+
+
 # ----------------------------------------------------------------------------------------------------------- review
 
 
@@ -567,6 +588,25 @@ def test_td3_has_no_masks_and_nothing_of_the_method():
     agent = make_agent(method="td3")
     assert agent.topologies == {} and agent.review is None and agent.method_scalars() == {}
     assert all(p.all() for p in agent.actor.parameters()) and set(agent.parameter_counts()) == {"actor", "critic"}
+
+
+def test_the_actor_learns_from_the_critics_on_the_batchs_observations():
+    agent = make_agent(method="td3", policy_delay=1)
+    for _ in range(5):  # the targets stay behind
+        agent.update()
+    actor = copy.deepcopy(agent.actor)
+    torch.manual_seed(3)
+    agent.update()
+    torch.manual_seed(3)
+    agent.replay.draw_from(1.0)
+    batch = agent.replay.sample(agent.args.batch_size)
+    assert agent.losses["actor"] == ne.actor_loss(actor, agent.critic, batch["obs"])  # after their step
+
+
+def test_every_action_has_a_noise_of_its_own():
+    agent, obs = make_agent(), np.zeros(5, dtype=np.float32)
+    noise = np.array([agent.explore(obs) - agent.actor.act(obs) for _ in range(200)])
+    assert abs(np.corrcoef(noise.T)[0, 1]) < 0.3
 
 
 # ------------------------------------------------------------------------------------------------- on real training
@@ -869,6 +909,33 @@ def test_it_learns_to_swing_up_a_pendulum(tmp_path):
     results = ne.main(Args(**arguments, run_dir=str(tmp_path / "run")))
     assert results["tasks"][0]["final_return"] > -400
     assert results["metrics"]["sparsity/critic/density"] == 1
+
+
+def test_growth_lasts_over_all_visits(tmp_path, monkeypatch):
+    built = []
+
+    def agent(args, obs_dim, act_dim, total_updates, device):
+        built.append((obs_dim, act_dim, total_updates))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ne, "Agent", agent)
+    with pytest.raises(KeyboardInterrupt):
+        ne.main(Args(**SEQUENCE, run_dir=str(tmp_path / "run")))
+    assert built == [(11, 3, 4 * (300 - 100))]
+
+
+def test_the_report_takes_of_each_visit_its_own_tasks_returns():
+    names = ("phase", "task", "episode_return")
+    rows = [(0, "a", 1.0), (0, "a", 3.0), (0, "b", 50.0), (1, "b", 6.0), (1, "a", 70.0), (1, "b", 8.0), (1, "a", 90.0)]
+    report = ne.final_metrics(make_agent(), [dict(zip(names, row, strict=True)) for row in rows], ["a", "b"])
+    assert report["return_at_visit_end"] == [3.0, 8.0] and report["mean_return"] == (1 + 3 + 6 + 8) / 4
+
+
+def test_the_buffer_holds_an_episodes_steps_one_after_the_other(finished_run):
+    data = finished_run["checkpoint"]["agent"]["replay"]["data"]
+    goes_on = data["terminated"][:-1] == 0  # a hopper's episode ends by its fall
+    assert torch.equal(data["next_obs"][:-1][goes_on], data["obs"][1:][goes_on])
+    assert not (data["next_obs"] == data["obs"]).all(1).any()
 
 
 # -------------------------------------------------------------------------------------------------- the command line

@@ -339,6 +339,25 @@ def test_finished_runs_are_a_line_with_a_band_and_others_thin_lines():
     assert drawn([], set()).lines == []
 
 
+def test_a_panel_has_a_line_for_each_group_of_its_own_runs(sweep, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw_group(axis, part, *_):
+        drawn.append(set(part["group"]) | set(part.get("label", ["mean"])))
+        return False
+
+    monkeypatch.setattr(plot, "draw_group", draw_group)
+    plot.draw(*frames_of(sweep), tmp_path / "x.png", 10)
+    assert drawn == [{group, label} for label in ("mean", "reach", "push") for group in ("finetune", "ssde")]
+
+
+def test_a_task_that_is_not_evaluated_each_time_counts_with_its_latest(tmp_path):
+    rows = [(100, 0, 0, "reach", 1.0, 0.8), (150, 1, 1, "push", 1.0, 0.4), (200, 1, 0, "reach", 1.0, 0.2)]
+    evaluations, final = frames_of(make_run(tmp_path / "a", rows))
+    means = plot.mean_over_tasks(evaluations, set(final["run"]))
+    assert means["success"].tolist() == pytest.approx([0.4, 0.6, 0.3])
+
+
 # ----------------------------------------------------------------------------------------------------------- files
 
 

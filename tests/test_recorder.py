@@ -918,3 +918,20 @@ def test_random_state_goes_on_where_it_was():
     drawn = torch.rand(3)
     rec.set_random_state(state)
     assert torch.equal(torch.rand(3), drawn)
+
+
+def test_the_line_of_the_mean_has_the_mean_at_each_evaluation(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    lines, true_plot = {}, Axes.plot
+
+    def watched(axes, *values, **style):
+        lines[style["label"]] = values
+        return true_plot(axes, *values, **style)
+
+    monkeypatch.setattr(Axes, "plot", watched)
+    recorder = new_recorder(tmp_path / "run")
+    for step, success in ((10, True), (20, False)):
+        evaluate(recorder, step, (0, 1), success)
+    recorder._draw()
+    assert lines["mean"] == ([10, 20], [1.0, 0.0])

@@ -210,6 +210,11 @@ def test_log_probability_is_that_of_the_squashed_gaussian():
     torch.testing.assert_close(log_prob.double(), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_hidden_layers_begin_he_uniform():
+    weight, bound = script.ExpertLinear(2, 50, 400).weight, math.sqrt(6 / 50)
+    assert 0.99 * bound < weight.abs().max() <= bound
+
+
 # ------------------------------------------------------------------------------------------------------------- GMP
 
 
@@ -700,6 +705,29 @@ def test_the_defaults_are_the_papers_settings():
         [group] = optimizer.param_groups
         assert (group["eps"], group["lr"], group["betas"], group["weight_decay"]) == (1e-5, 3e-4, (0.9, 0.999), 0)
     assert (agent.log_alpha == 0).all()  # temperatures begin at 1
+
+
+def test_an_update_is_a_step_on_sacs_losses_of_one_batch_from_the_targets():
+    agent = make_agent(gamma=0.7)
+    for parameter in agent.targets.parameters():  # else they equal the critics
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    actor, critics, targets, log_alpha = copy.deepcopy((agent.actor, agent.critics, agent.targets, agent.log_alpha))
+    torch.manual_seed(3)
+    agent.update()
+    torch.manual_seed(3)
+    batch = agent.replay.sample(8)
+    losses, _ = script.critic_loss(actor, critics, targets, log_alpha, batch, agent.args)
+    assert agent.losses["critic"] == losses.mean()
+    losses, log_prob = script.actor_loss(actor, agent.critics, log_alpha, batch["obs"])  # after the critics' step
+    assert (agent.losses["actor"], agent.losses["entropy"]) == (losses.mean(), -log_prob.mean())
+
+
+def test_the_buffer_is_shared_out_equally():
+    assert make_agent(buffer_size=100).replay.capacity == 33 and make_agent(total_steps=900).replay.capacity == 300
+
+
+def test_evaluations_have_goals_that_training_does_not_have():
+    assert len({script.TRAIN_GOALS, script.EVAL_GOALS}) == 2
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
@@ -1244,6 +1272,47 @@ def test_what_is_not_finite_stops_with_exit_1_and_keeps_the_good_checkpoint(what
     assert checkpoint["agent"]["updates"] <= {"loss": 30, "weight": 49}.get(what, 24)
     evaluated = (tmp_path / "run" / "evaluations.csv").read_text().count("\n") - 1
     assert evaluated == (0 if what == "weight before an evaluation" else 3)
+
+
+def test_evaluations_have_the_episodes_of_training(finished_run):
+    with open(finished_run["run_dir"] / "evaluations.csv", newline="") as file:
+        assert {float(row["episode_length"]) for row in csv.DictReader(file)} == {SHORT["episode_steps"]}
+
+
+def test_training_and_evaluations_are_paid_by_the_reward_version(tmp_path, monkeypatch):
+    made, true_make = [], envs.make_env
+
+    def make_env(task, **options):
+        made.append((options.get("reward_version"), options.get("max_episode_steps")))
+        return true_make(task, **options)
+
+    for module in (script, envs):
+        monkeypatch.setattr(module, "make_env", make_env)
+    options = SHORT | {"reward_version": "v1", "max_q": 1e6, "total_steps": 225, "prune_every": 5, "hidden_dim": 4}
+    script.main(Args(**options, run_dir=str(tmp_path / "run")))
+    assert made.count(("v1", 25)) == 3 + 3  # to train in, and to evaluate in
+
+
+def test_an_episode_that_succeeded_once_is_a_success(tmp_path, monkeypatch):
+    true_step, seen = envs.TaskEnvs.step, []
+
+    def step(tasks, actions):
+        obs, rewards, _ = true_step(tasks, actions)
+        seen.append(None)
+        return obs, rewards, np.array([len(seen) % 25 == 3, 0, 0], np.float32)
+
+    monkeypatch.setattr(envs.TaskEnvs, "step", step)
+    successes = []
+    monkeypatch.setattr(Recorder, "episode", lambda recorder, *arguments: successes.append(arguments[-1]))
+    script.main(Args(**(SHORT | {"method": "dense", "hidden_dim": 4}), run_dir=str(tmp_path / "run")))
+    assert successes == pytest.approx(6 * [1 / 3])
+
+
+def test_the_buffer_holds_an_episodes_steps_one_after_the_other(finished_run):
+    data = finished_run["checkpoint"]["agent"]["replay"]["data"]
+    goes_on = torch.arange(149) % SHORT["episode_steps"] != SHORT["episode_steps"] - 1
+    assert torch.equal(data["next_obs"][:, :-1][:, goes_on], data["obs"][:, 1:][:, goes_on])
+    assert not (data["next_obs"] == data["obs"]).all(-1).any()
 
 
 # --------------------------------------------------------------------------------------------------------- learning

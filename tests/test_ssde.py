@@ -279,6 +279,14 @@ def test_a_later_task_without_neurons_is_refused_before_the_first_is_trained(spa
     assert sparsity != 0.11 or "task 1 gets no neuron" in expected
 
 
+def test_the_dictionaries_are_of_the_runs_seed():
+    for seed in (1, 2):
+        agent = make_agent(seed=seed)
+        expected = ssde.task_neurons(agent.embeddings[1], 1, [24, 24], (0.05, 0.05), seed)
+        assert all(map(torch.equal, agent.neurons(1), expected))
+    assert not all(map(torch.equal, agent.neurons(1), make_agent(seed=1).neurons(1)))
+
+
 # ----------------------------------------------------------------------------------------------------- initial weights
 
 
@@ -481,6 +489,26 @@ def test_batches_are_uniform_draws():
     torch.manual_seed(0)
     counts = replay.sample(70_000)["reward"].long().bincount(minlength=10)
     assert counts[7:].sum() == 0 and (counts[:7] - 10_000).abs().max() < 500
+
+
+def test_an_update_is_a_step_on_sacs_losses_of_one_batch_from_the_targets():
+    agent = begin(make_agent(gamma=0.7))
+    for parameter in agent.target.parameters():  # else they equal the critics
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    policy, critic, target, log_alpha = copy.deepcopy((agent.policy, agent.critic, agent.target, agent.log_alpha))
+    torch.manual_seed(3)
+    agent.update()
+    torch.manual_seed(3)
+    batch = agent.replay.sample(16)
+    assert agent.losses["critic"] == ssde.critic_loss(policy, critic, target, log_alpha, batch, 0.7)[0]
+    loss, log_prob = ssde.actor_loss(policy, agent.critic, log_alpha, batch["obs"])  # of the critics after their step
+    assert (agent.losses["actor"], agent.losses["entropy"]) == (loss, -log_prob)
+
+
+def test_actor_and_temperature_have_the_actors_step_size():
+    agent = trained_agent(actor_lr=1e-3, critic_lr=2e-3)
+    optimizers = (agent.actor_optimizer, agent.alpha_optimizer, agent.critic_optimizer)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [1e-3, 1e-3, 2e-3]
 
 
 # --------------------------------------------------------------------------------------------------- dormant neurons
@@ -1057,6 +1085,41 @@ def test_what_a_loaded_agent_does_next_is_the_same():
     assert_same_tensors(state_of(agent), state_of(other))
 
 
+def test_an_episode_that_succeeded_once_is_a_success_and_one_cut_short_is_not_whole(toy, tmp_path, monkeypatch):
+    seen, true_step = [], Point.step
+    monkeypatch.setattr(Point, "step", lambda e, a: (*true_step(e, a)[:4], {"success": float(e.steps == 3)}))
+    monkeypatch.setattr(ssde.Recorder, "episode", lambda recorder, *arguments: seen.append(arguments))
+    ssde.main(Args(**(toy | {"task_seq": "reach"}), run_dir=str(tmp_path / "run")))
+    found = [(whole, length, success) for _, _, whole, _, length, success in seen]
+    assert found == 4 * [(True, 20, 1)] + [(False, 10, 1)]
+
+
+def test_evaluations_are_paid_by_the_reward_version_too(toy, tmp_path):
+    """By v1 two hundred times as much, of which training takes away all."""
+    returns = []
+    for version in ("v1", "v2"):
+        run_dir = str(tmp_path / version)
+        options = toy | {"task_seq": "reach", "reward_version": version}
+        [task] = ssde.main(Args(**options, run_dir=run_dir))["tasks"]
+        [again] = ssde.main(Args(evaluate=run_dir, episodes=2, quiet=True)).values()
+        returns.append((task["final_return"], again["episode_return"]))
+    np.testing.assert_allclose(returns[0], 200 * np.array(returns[1]), rtol=0.01)
+
+
+def test_used_capacity_is_the_share_that_any_task_has_trained(finished_run):
+    owner = finished_run["agent"].shared.owner
+    expected = [(owner[name] < NOBODY).float().mean().item() for name in ("hidden.0", "hidden.1", "mean")]
+    assert finished_run["results"]["metrics"]["used_capacity"] == pytest.approx(expected)
+
+
+def test_the_buffer_holds_an_episodes_steps_one_after_the_other(toy_run):
+    data = load_checkpoint(str(toy_run), "ssde")["agent"]["replay"]["data"]
+    goes_on = torch.arange(89) % 20 != 19  # the next row is not of a new episode
+    assert torch.equal(data["next_obs"][:-1][goes_on], data["obs"][1:][goes_on])
+    moved = data["obs"][:, :2] + 0.2 * data["action"]
+    torch.testing.assert_close(data["next_obs"][:, :2], moved)
+
+
 # -------------------------------------------------------------------------------------------------- the command line
 
 
@@ -1145,9 +1208,9 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run_and_leaves_ever
 def test_interrupt_saves_prints_the_resume_command_and_exits_130(tmp_path):
     options = {"run_dir": tmp_path / "run", "steps_per_task": 100_000, "checkpoint_every": 0, "quiet": False}
     run = start(**(TINY | options))
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
+    evaluations = tmp_path / "run" / "evaluations.csv"
+    while not evaluations.exists() or len(evaluations.read_text().splitlines()) < 2:  # a row: after an episode
         time.sleep(0.1)
-    time.sleep(1)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130
