@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tokenize
@@ -92,13 +93,18 @@ def prepare(args, script: str, presets: dict[str, dict] | None = None):
     Python, a field that still has its default takes the preset's value, or with `resume` or `evaluate` the stored
     run's. Raises ArgumentError for whatever is wrong with them.
     """
-    for name in ("resume", "evaluate", "run_dir"):  # of a shell's variable that is not set
-        require(args, name, getattr(args, name) != "", "a folder")
+    for name in ("resume", "evaluate", "run_dir"):
+        value = str(getattr(args, name))
+        require(args, name, value != "", "a folder")  # of a shell's variable that is not set
+        require(args, name, value.encode(errors="replace").decode() == value, "a name in UTF-8")
+    require(args, "evaluate", not (args.resume and args.evaluate), "without --resume")
     stored = stored_defaults(type(args), args.resume, args.evaluate)
     if not hasattr(args, "parsed"):
         args = with_defaults(args, stored or chosen(args, presets or {}))
     check_types(args)
     refuse_contradictions(args, stored)
+    stays = not args.resume or args.run_dir in (None, args.resume, stored.get("run_dir"))
+    require(args, "run_dir", stays, "left out: a run goes on in the folder of --resume")
     cores = os.cpu_count() or 1
     require(args, "torch_threads", args.torch_threads <= cores, f"at most the number of cores, {cores}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -106,7 +112,10 @@ def prepare(args, script: str, presets: dict[str, dict] | None = None):
     torch.set_num_threads(args.torch_threads)
     torch.set_flush_denormal(True)  # a product with denormal weights can be a hundred times slower
     torch.manual_seed(args.seed)
-    if getattr(args, "compile", False):
+    if getattr(args, "compile", False) and not args.evaluate:
+        compiler = os.environ.get("CXX", "g++" if sys.platform != "darwin" else "clang++")
+        if not shutil.which(compiler.partition(" ")[0]):
+            raise ArgumentError(f"--compile: needs a C++ compiler, and there is no {compiler}")
         torch.compiler.reset()  # PyTorch keeps some compiled versions of a function and then refuses
     if args.resume:
         hold(args.resume)
@@ -395,7 +404,7 @@ def parse_args(cls: type, presets: dict[str, dict] | None = None, argv: list[str
     framed, grouped = io.StringIO(), grouped_class(cls, defaults, presets or {})
     try:
         with contextlib.redirect_stderr(framed):
-            parsed = tyro.cli(grouped, args=argv, description=inspect.getmodule(cls).__doc__.partition("\n")[0])
+            parsed = tyro.cli(grouped, args=argv, description=(inspect.getmodule(cls).__doc__ or "").partition("\n")[0])
     except SystemExit as leaving:
         if not leaving.code:  # --help
             raise

@@ -26,7 +26,7 @@ import pandas as pd
 import tyro
 
 from common import cli
-from common.cli import CONFIG, ArgumentError, read_json
+from common.cli import CONFIG, ArgumentError, read_json, words_of
 from common.recorder import EVALUATIONS, RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ def find_runs(folders: Iterable[Path]) -> dict[str, list[dict]]:
     """
     scripts: dict[str, dict[Path, dict]] = {}
     for folder in folders:
-        configs = sorted(folder.rglob(CONFIG))
+        configs = sorted({*folder.rglob(CONFIG), *folder.glob(f"*/{CONFIG}")})  # the second follows links
         for config in configs:
             run = config.parent
             try:
@@ -72,7 +72,8 @@ def find_runs(folders: Iterable[Path]) -> dict[str, list[dict]]:
                 evaluations = pd.read_csv(run / EVALUATIONS) if evaluated else pd.DataFrame()
                 one = {"run": str(run), "args": stored["args"], "results": results, "evaluations": evaluations}
                 script = stored.get("script") or results["script"]  # before format 2 it stood in the results only
-            except (OSError, ValueError, KeyError) as error:
+                one["args"]["seed"]  # all our runs have one
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ArgumentError(f"{run}: no readable run ({type(error).__name__}: {error})") from None
             scripts.setdefault(script, {})[config.resolve()] = one
         if not configs:
@@ -139,8 +140,12 @@ def read_results(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     for file in (Path(f"{path}.csv"), Path(f"{path}_final.csv")):
         if not file.is_file():
             raise ArgumentError(f"--from-results {path}: {file} is missing")
-        frame = pd.read_csv(file, keep_default_na=False, na_values=[""])  # a group may be called None
-        frames.append(frame if "run" in frame else frame.assign(run=frame["group"] + " " + frame["seed"].astype(str)))
+        try:
+            frame = pd.read_csv(file, keep_default_na=False, na_values=[""])  # a group may be called None
+            names = frame["group"] + " " + frame["seed"].astype(str)
+        except (OSError, ValueError, KeyError) as error:
+            raise ArgumentError(f"--from-results {path}: {file} is not what --csv wrote ({words_of(error)})") from None
+        frames.append(frame if "run" in frame else frame.assign(run=names))
     return frames[0], frames[1] if "finished" in frames[1] else frames[1].assign(finished=True)
 
 
@@ -334,7 +339,7 @@ def draw(evaluations: pd.DataFrame, final: pd.DataFrame, path: Path, reps: int) 
             single_runs |= draw_group(axis, panel[panel["group"] == group], measure, finished, style[group], reps)
         for border in borders:
             axis.axvline(border, color="0.6", linewidth=0.6, zorder=0)
-        axis.set_title(label, fontsize=9)
+        axis.set_title(label.replace("$", r"\$"), fontsize=9)  # no formula
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
         if not by_phase:
@@ -350,7 +355,7 @@ def draw(evaluations: pd.DataFrame, final: pd.DataFrame, path: Path, reps: int) 
     meaning += "; thin lines: single runs" if single_runs else ""
     figure.supxlabel(f"{'phases, each drawn with the same width' if by_phase else 'steps'}\n{meaning}", fontsize=8)
     figure.supylabel(measure.replace("_", " "), fontsize=9)
-    handles = [Line2D([], [], label=text, **style[group]) for group, text in heads.items()]
+    handles = [Line2D([], [], label=text.replace("$", r"\$"), **style[group]) for group, text in heads.items()]
     longest = max(map(len, heads.values())) + 6  # the line sample is as wide as six letters
     ncols = min(4, len(handles), max(1, 110 // longest))
     figure.legend(handles=handles, loc="outside upper center", ncols=ncols, fontsize=9, frameon=False)
@@ -423,20 +428,20 @@ def main(args: Args) -> str:
     for script, (_, final) in frames.items():
         table = aggregate(select(all_scores[script], args.metrics), args.reps)
         texts.append((f"## {script}\n\n" if len(frames) > 1 else "") + markdown(table, final))
-    print("\n\n".join(texts))
+    cli.say("\n\n".join(texts))  # also into `| head`
     if out:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{out}.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")  # with_suffix would cut beta=0.3
+            for script, (evaluations, final) in frames.items():
+                path = f"{out}_{script}" if len(frames) > 1 else str(out)
+                draw(evaluations, final, Path(f"{path}.png"), args.reps)
+                if args.csv:
+                    evaluations.to_csv(f"{path}.csv", index=False)
+                    final.to_csv(f"{path}_final.csv", index=False)
         except OSError as error:
             raise ArgumentError(f"--out {out}: {error}") from None
-        Path(f"{out}.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")  # with_suffix would cut beta=0.3
-        for script, (evaluations, final) in frames.items():
-            path = f"{out}_{script}" if len(frames) > 1 else str(out)
-            draw(evaluations, final, Path(f"{path}.png"), args.reps)
-            if args.csv:
-                evaluations.to_csv(f"{path}.csv", index=False)
-                final.to_csv(f"{path}_final.csv", index=False)
-        print(f"\nwritten beside {out}.md")
+        cli.say(f"\nwritten beside {out}.md")
     return "\n\n".join(texts)
 
 

@@ -226,6 +226,32 @@ def test_what_is_allowed_is_said():
         assert str(error.value) == line
 
 
+def test_folders_that_make_no_sense_together_or_at_all_are_refused(tmp_path):
+    run = str(run_folder(tmp_path / "run"))
+    for change, line in [
+        ({"resume": run, "evaluate": run}, f"--evaluate {run}: must be without --resume"),
+        (
+            {"resume": run, "run_dir": "other"},
+            "--run-dir other: must be left out: a run goes on in the folder of --resume",
+        ),
+        ({"run_dir": "n\udce9w"}, "--run-dir n\udce9w: must be a name in UTF-8"),  # what Python makes of Latin-1
+    ]:
+        with pytest.raises(ArgumentError) as error:
+            cli.prepare(Args(**change), "test_cli")
+        assert str(error.value) == line
+    moved = (tmp_path / "run").rename(tmp_path / "moved")  # whose config.json has the old name
+    cli.prepare(cli.parse_args(Args, PRESETS, ["--resume", str(moved)]), "test_cli")
+
+
+def test_compilation_needs_a_compiler(monkeypatch):
+    compiled = dataclasses.make_dataclass("Args", [("compile", bool, True)], bases=(Args,))
+    monkeypatch.setenv("CXX", "/nowhere/g++ -O2")
+    with pytest.raises(ArgumentError, match=r"--compile: needs a C\+\+ compiler, and there is no /nowhere/g\+\+"):
+        cli.prepare(compiled(), "test_cli")
+    monkeypatch.setenv("CXX", f"{sys.executable} -O2")
+    cli.prepare(compiled(), "test_cli")
+
+
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ArgumentError, match="--device cuda: this PyTorch sees no CUDA device"):
         cli.prepare(Args(device="cuda"), "test_cli")

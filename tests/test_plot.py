@@ -425,14 +425,19 @@ def test_the_results_that_are_here_can_be_drawn(name, tmp_path):
 
 def test_what_cannot_be_shown_is_an_error(sweep, tmp_path):
     empty, damaged, foreign = tmp_path / "empty", tmp_path / "damaged", tmp_path / "foreign"
-    many = tmp_path / "many"
-    for folder, text in ((empty, None), (damaged, "{"), (foreign, '{"model": "bert"}'), (many, "[1, 2]")):
+    many, listed, unseeded = tmp_path / "many", tmp_path / "listed", tmp_path / "unseeded"
+    texts = {empty: None, damaged: "{", foreign: '{"model": "bert"}', many: "[1, 2]"}
+    texts |= {listed: '{"script": "x", "args": []}', unseeded: '{"script": "x", "args": {"lr": 1}}'}
+    for folder, text in texts.items():
         folder.mkdir()
         if text:
             (folder / "config.json").write_text(text)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.json").write_text((sweep / "ssde0" / "config.json").read_text())
     again = two_task_run(tmp_path / "again", "ssde", 0, 0.5, 0.5)
+    for name in ("table", "table_final"):
+        (tmp_path / f"{name}.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "taken.md").mkdir()
     cases = [
         ({"folders": (sweep, again)}, "both seed 0 of group 'ssde' on reach"),
         ({"folders": (sweep,), "group_by": ("beta",)}, "both seed 0 of group 'beta=0.3'"),  # methods thrown together
@@ -442,6 +447,10 @@ def test_what_cannot_be_shown_is_an_error(sweep, tmp_path):
         ({"folders": (damaged,)}, "damaged: no readable run .JSONDecodeError"),
         ({"folders": (foreign,)}, "foreign: no readable run .KeyError"),
         ({"folders": (many,)}, "many: no readable run .ValueError: no object"),
+        ({"folders": (listed,)}, "listed: no readable run .TypeError"),
+        ({"folders": (unseeded,)}, "unseeded: no readable run .KeyError: 'seed'"),
+        ({"folders": (sweep,), "out": tmp_path / "taken"}, "--out .*taken.*directory"),
+        ({"from_results": tmp_path / "table"}, "table.csv is not what --csv wrote .KeyError: 'group'"),
         ({"folders": (sweep,), "out": damaged / "config.json" / "x"}, "--out .*config.json"),
         ({"from_results": tmp_path / "nowhere", "group_by": ("beta",)}, "--group-by: needs the folders"),
         ({"from_results": tmp_path / "nowhere", "csv": True, "out": None}, "--csv: needs --out"),
@@ -458,6 +467,19 @@ def test_what_cannot_be_shown_is_an_error(sweep, tmp_path):
         with pytest.raises(ArgumentError, match=message):
             plot.main(plot.Args(**{"out": tmp_path / "out"} | kwargs))
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_of_links_to_runs_is_a_folder_of_runs(sweep, tmp_path):
+    (tmp_path / "links").mkdir()
+    for name in ("ssde0", "ssde1"):
+        (tmp_path / "links" / name).symlink_to(sweep / name)
+    assert len(plot.find_runs([tmp_path / "links"])["ssde"]) == 2
+    assert len(plot.find_runs([tmp_path / "links", sweep])["ssde"]) == 7
+
+
+def test_a_name_is_no_formula(sweep, tmp_path):
+    run_main(sweep, labels=(r"$\foo$", "$x_^$ y"), out=tmp_path / "x")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
 def test_a_folder_given_twice_counts_once(sweep):

@@ -37,6 +37,7 @@ class Args:
     seed: int = 1
     run_dir: str | None = None
     resume: str | None = None
+    evaluate: str | None = None
     eval_every: int = 10
     eval_episodes: int = 2
     checkpoint_every: int = 25
@@ -799,6 +800,13 @@ def test_the_time_to_go_knows_that_warm_up_is_cheap(monkeypatch):
     move(401, 50.0)  # work between two steps counts for the next one
     move(501, 10.0)
     assert progress.pace["learning"] == [201, 181.0]
+
+
+def test_a_run_that_ends_before_learning_has_a_pace_says_nothing_of_it(capsys):
+    """All its updates come in the episode that also ends the warm-up."""
+    progress = Progress([(200, 50)], 0, None, quiet=False)
+    progress.move(200, {})
+    assert progress.remaining() == 0 and "a step that learns" not in capsys.readouterr().out
 
 
 def test_a_phase_that_ends_early_shortens_the_run(tmp_path):
