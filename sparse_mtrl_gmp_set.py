@@ -294,7 +294,7 @@ def recycle(levels: list, optimizer, forward: Callable, threshold: float, masks:
         mask = masks.get(layer.weight, torch.ones_like(layer.weight, dtype=torch.bool))
         connected = mask.any(1) if mask.dim() == 3 else mask.flatten(1).any(1)[None]
         copies, units = connected.shape
-        # a convolution's unit is a channel, read by a convolution or, flattened, by a linear layer
+        # a convolution's unit is a channel, read by a convolution or, flattened channels first, by a linear layer
         fits = all(r.weight.shape[1] == units or layer.weight.dim() > 3 >= r.weight.dim() for r in readers)
         assert fits, "a layer reads something else than the units of the one before"
         seen = [(reader.weight.dim() > 3, x) for reader in readers for x in inputs[reader]]
