@@ -27,7 +27,8 @@ Copy ReDo: `clear`, `recycle` (48 lines; tests/transplants/gmp_set_ppo.py does i
     python sparse_mtrl_gmp_set.py --benchmark mt10                 # the paper's best: GMP on the actor, 20 M steps
     python sparse_mtrl_gmp_set.py --arch moore --method set        # orthogonal experts, sparse evolutionary training
 
-Where we differ from the paper and from others' code, and why:
+The authors' code (github.com/atodorov284/sparsity_driven_plasticity) was not at hand. Where we differ from the paper
+and from MOORE's code, and why:
 
 1. A weight that is removed is an exact zero whose gradient is masked before it is clipped and whose Adam moments are
    zero. The forward pass multiplies nothing: sparsification costs a masked gradient per update.
