@@ -371,3 +371,38 @@ def test_a_run_from_another_device_gets_the_optimizers_of_this_one(stored, neede
     assert new.param_groups[0]["capturable"] is needed and new.param_groups[0]["lr"] == 0.5
     for name, value in old.state[weights[0]].items():
         assert torch.equal(new.state[weights[1]][name], value)
+
+
+def test_streams_wait_for_each_other_and_the_host_for_the_action(fake_cuda, monkeypatch):
+    """On a GPU, without these, a warm-up reads what is not written yet, and a policy returns the action before."""
+
+    class Stream:
+        def __init__(self):
+            calls.append("new")
+
+        def wait_stream(self, other):
+            calls.append(("side" if self is not current else "main", "waits"))
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+    calls, modes = [], []
+    current = Stream()
+    true_init = torch.cuda.graph.__init__
+    init = lambda graph, *words, **options: modes.append(options) or true_init(graph, *words, **options)  # noqa: E731
+    monkeypatch.setattr(torch.cuda.graph, "__init__", init)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    policy = CapturedPolicy(lambda obs: 2 * obs, CPU, True)
+    for _ in range(1 + WARM_UP + 2):
+        policy(np.ones(2, np.float32))
+    warm_up = [("side", "waits"), ("main", "waits"), "synchronize"]
+    assert calls == ["new", "new", *WARM_UP * warm_up, "synchronize", "synchronize"]  # one stream for all warm-ups
+    assert modes == [{"capture_error_mode": "thread_local"}]  # other threads may go on
+
+
+def test_compiled_losses_draw_the_random_numbers_of_ordinary_ones(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", False)
+    weight = torch.ones(2, requires_grad=True)
+    with_gradients(lambda: weight.sum(), torch.optim.Adam([weight]), compiled=True)
+    assert torch._inductor.config.fallback_random

@@ -105,3 +105,15 @@ if __name__ == "__main__":
     texts = list(TASK_DESCRIPTIONS.values())
     vectors = load_encoder("bundled").encode(texts, normalize_embeddings=True)
     np.savez_compressed(EMBEDDINGS, sentences=np.array(texts), vectors=vectors)
+
+
+@pytest.mark.parametrize("encoder", ["bundled", "another"])
+def test_every_sentence_that_is_not_shipped_for_this_encoder_is_asked_of_it_with_norm_one(encoder, monkeypatch):
+    class Model:
+        def encode(self, sentences, normalize_embeddings=False):
+            return np.full((len(sentences), 384), 384**-0.5 if normalize_embeddings else 1.0)
+
+    monkeypatch.setattr(descriptions, "load_encoder", lambda name: Model())
+    vectors = encode_tasks(["Hammer a screw on the wall.", "Balance a plate."], encoder)
+    own = vectors == 384**-0.5
+    assert own[1].all() and own[0].all() == (encoder == "another")

@@ -871,3 +871,37 @@ def test_a_value_that_is_not_finite_comes_out_of_a_worker(monkeypatch):
     ours.patience, ours.pipes = 1.0, [pipe]
     with pytest.raises(NotFiniteError, match="the reward is nan"):
         ours._call("step", [()])
+
+
+def test_an_environment_that_fills_one_array_again_and_again_gives_observations_of_their_own(monkeypatch):
+    buffer = np.zeros(2, np.float32)
+    env = make_env(registered(monkeypatch, lambda: Own(SMALL, obs=buffer)))
+    first, _ = env.reset(seed=0)
+    buffer += 0.5
+    second = env.step(np.zeros(2))[0]
+    assert first.tolist() == [0, 0] and second.tolist() == [0.5, 0.5]
+
+
+def test_the_seed_is_that_of_the_action_space_too():
+    one, two = (make_env("Pendulum-v1", seed=4).action_space for _ in range(2))
+    assert one.sample() == two.sample()
+
+
+@pytest.mark.parametrize("task", ["hand-insert-v3", "peg-insert-side-v3", "stick-push-v3"])
+def test_what_version_1_never_calls_a_success_is_refused_with_it(task):
+    with pytest.raises(ArgumentError, match=f"{task} never reports a success with --reward-version v1"):
+        envs.task_sequence(task, reward_version="v1")
+    assert envs.task_sequence(task) == [task]
+
+
+def test_what_is_drawn_has_the_arguments_of_the_environment(monkeypatch):
+    def build(frame, render_mode=None):
+        return Drawn(np.full((8, 8, 3), frame, np.uint8), render_mode)
+
+    env_id = registered(monkeypatch, build)
+    assert envs.env_sizes(env_id, Script(env_kwargs='{"frame": 1}', capture_video=True)) == (1, 1)
+
+
+def test_workers_have_long_for_their_imports_only(workers):
+    assert workers.patience == envs.WORKER_SECONDS  # after the first answer
+    workers.close()

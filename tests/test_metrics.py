@@ -582,3 +582,16 @@ def test_success_matrix_puts_rows_in_time_order_and_zero_where_nothing_was_evalu
     ]
     success, phases = success_matrix(rows, 3)
     assert success.tolist() == [[1.0, 0.0, 0.0], [0.25, 0.5, 0.0]] and phases.tolist() == [0, 1]
+
+
+def test_a_layer_that_reads_the_first_units_only_reads_other_features():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.all, self.some = nn.Linear(3, 6), nn.Linear(6, 1), nn.Linear(2, 1)
+
+        def forward(self, x):
+            h = self.body(x).relu()
+            return self.all(h) + self.some(h[:, :2])
+
+    assert [h.shape[1] for h in hidden_features(Narrow(), (torch.randn(4, 3),))] == [6, 2]

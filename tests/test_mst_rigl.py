@@ -561,6 +561,55 @@ def test_compiled_it_is_the_same_update(monkeypatch):
         torch.testing.assert_close(weight, other, msg=name)
 
 
+def test_an_update_gives_its_priorities_to_the_rows_that_it_learned_from():
+    agent, seen = filled_agent(), {}
+    true_transitions, true_update = agent.replay.transitions, agent.replay.update_priority
+    agent.replay.transitions = lambda rows: seen.update(learned=rows) or true_transitions(rows)
+    agent.replay.update_priority = lambda rows, new: seen.update(given=rows) or true_update(rows, new)
+    agent.update()
+    assert torch.equal(seen["learned"], seen["given"])
+
+
+def test_rewards_that_are_all_zero_leave_finite_losses():
+    """As until the first success of a task with sparse rewards."""
+    agent = filled_agent(target_update_every=1)
+    agent.replay.data["reward"].zero_()
+    agent.update()
+    agent.update()  # whose targets count in the units of the first
+    assert all(loss.isfinite() for loss in agent.losses.values())
+
+
+def test_only_the_critics_gradient_is_clipped():
+    agent = filled_agent(max_grad_norm=1e-4)
+    agent.update()
+    for name, module in agent.networks.items():
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters()))
+        assert norm == pytest.approx(1e-4 if name == "critic" else agent.grad_norms[name].item(), rel=1e-3)
+        assert agent.grad_norms[name] > 2e-4
+
+
+def test_an_agent_learns_by_its_own_discount_noise_and_schedule(monkeypatch):
+    true_target, seen = mst_rigl.td_target, []
+    monkeypatch.setattr(mst_rigl, "td_target", lambda *given: seen.append(given[2:5]) or true_target(*given))
+    agent = filled_agent(gamma=0.9, target_noise=0.4, noise_clip=0.7, rigl_drop=0.1, rigl_until=0.5)
+    agent.update()
+    assert seen == [(0.9, 0.4, 0.7)]
+    for topology in agent.topologies.values():
+        assert (topology.drop, topology.until, topology.every) == (0.1, 150, 60)
+
+
+def test_losses_have_the_names_of_what_they_are(monkeypatch):
+    agent = filled_agent()
+    numbers = {"encoder": (0.1, 0.2, 0.3, 0.4), "critic": (0.5, 0.6), "actor": (0.7,)}
+    numbers = {name: [torch.tensor(value) for value in values] for name, values in numbers.items()}
+    agent.step = lambda *_: None
+    agent.backward = {"encoder": lambda *_: numbers["encoder"], "actor": lambda *_: numbers["actor"][0]}
+    agent.backward["critic"] = lambda *_: (*numbers["critic"], torch.ones(agent.args.batch_size))
+    agent.update()
+    names = ("encoder", "dynamics", "reward", "done", "critic", "q", "actor")
+    assert agent.losses == dict(zip(names, [value for values in numbers.values() for value in values], strict=True))
+
+
 # ------------------------------------------------------------------------------------------------------------ replay
 
 
@@ -1020,6 +1069,13 @@ def test_the_last_observation_of_an_episode_is_the_one_that_it_ended_with(finish
     data = finished_run["checkpoint"]["agent"]["replay"]["data"]
     ends = (data["is_step"] == 0).nonzero()[:, 0]
     assert len(ends) > 5 and not (data["obs"][ends] == data["obs"][ends - 1]).all(1).any()
+
+
+def test_the_reward_scale_in_the_log_is_the_one_in_use(finished_run):
+    events = EventAccumulator(str(finished_run["run_dir"])).Reload()
+    scales = finished_run["checkpoint"]["agent"]["scales"]
+    [*_, last] = events.Scalars("method/reward_scale")  # one more copy of the targets came after it
+    assert last.value == pytest.approx(scales[1].item()) and scales[0] != scales[1]
 
 
 # -------------------------------------------------------------------------------------------------- the command line

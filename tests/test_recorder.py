@@ -887,6 +887,73 @@ def test_the_final_table_has_the_headline_metrics_in_one_column(tmp_path, capsys
     assert {len(line) for line in lines[1:4]} == {52} and lines[4] == f"9 steps, 3.0 a second. The run: {tmp_path}"
 
 
+def test_seconds_speed_and_checkpoints_go_on_over_every_resume(tmp_path, monkeypatch):
+    clock, run_dir, agent = [1000.0], tmp_path / "run", Agent(1)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for step, resume in ((30, {}), (60, {"resume": str(run_dir)}), (90, {"resume": str(run_dir)})):
+        checkpoint = load_checkpoint(str(run_dir), "script") if resume else None
+        recorder = new_recorder(run_dir, checkpoint, **resume)
+        assert not recorder.checkpoint_due(step - 10) and recorder.checkpoint_due(step - 5)  # 25 after the last one
+        clock[0] += 10
+        recorder.losses(step, {})
+        recorder.save(step, agent, {})
+        results = recorder.finish(step, {}, {})
+        (run_dir / "results.json").unlink()
+    assert (results["wall_seconds"], results["steps_per_second"]) == (30, 3)
+    assert [e.value for e in read_events(run_dir).Scalars("charts/SPS")] == [3, 3, 3]  # of each process
+
+
+def test_the_curves_of_evaluations_have_their_values(tmp_path, monkeypatch):
+    result = {"episode_return": 7.0, "success": 0.5, "length": 3.0}
+    results = {0: result, 1: result | {"success": 1.0}}
+    monkeypatch.setattr(rec, "evaluate_tasks", lambda *_: results)
+    recorder = new_recorder(tmp_path / "run")
+    evaluate(recorder, 10)
+    recorder.episode(15, "a", True, 7.0, 5, success=0.25)  # a share of the tasks that are learned together
+    recorder.close()
+    events, names = read_events(tmp_path / "run"), ("return/a", "success/a", "success/b", "mean_success")
+    assert [events.Scalars(f"eval/{name}")[0].value for name in names] == [7, 0.5, 1, 0.75]
+    assert events.Scalars("charts/episodic_success")[0].value == 0.25
+    assert {row["episodes"] for row in read_csv(tmp_path / "run")} == {"2"}
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_last(tmp_path, monkeypatch):
+    calls, true_replace, true_sync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append("sync") or true_sync(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or true_replace(*paths))
+    new_recorder(tmp_path / "run").save(0, Agent(1), {})
+    assert calls == ["sync", "replace"]
+
+
+def test_a_new_run_holds_its_folder(tmp_path):
+    recorder = new_recorder(tmp_path / "run")
+    code = f"from common.cli import hold; hold({str(tmp_path / 'run')!r})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "another process is writing this run" in run.stderr
+    recorder.close()
+
+
+def test_events_that_were_lost_with_the_machine_are_not_made_up(tmp_path):
+    """A file of TensorBoard's that is shorter than the checkpoint says is not filled up with zeros."""
+    recorder = new_recorder(tmp_path / "run")
+    recorder.save(10, Agent(1), {})
+    recorder.close()
+    [path] = (tmp_path / "run").glob(rec.EVENTS)
+    os.truncate(path, 20)
+    checkpoint = load_checkpoint(str(tmp_path / "run"), "script")
+    new_recorder(tmp_path / "run", checkpoint, resume=str(tmp_path / "run"))
+    assert path.stat().st_size == 20
+
+
+def test_a_run_that_was_left_by_a_signal_has_no_alarm_any_more(tmp_path):
+    recorder = new_recorder(tmp_path / "run")
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    with pytest.raises(Interrupted):
+        recorder.leave()
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 

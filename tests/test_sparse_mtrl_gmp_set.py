@@ -730,6 +730,65 @@ def test_evaluations_have_goals_that_training_does_not_have():
     assert len({script.TRAIN_GOALS, script.EVAL_GOALS}) == 2
 
 
+def test_weight_decay_is_of_actor_and_critics_and_not_of_the_temperatures():
+    agent = make_agent(intervention="weight-decay", weight_decay=0.1)
+    optimizers = (agent.actor_optimizer, agent.critic_optimizer, agent.alpha_optimizer)
+    assert [optimizer.param_groups[0]["weight_decay"] for optimizer in optimizers] == [0.1, 0.1, 0]
+
+
+@pytest.mark.parametrize("intervention", ["redo", "reset"])
+def test_nothing_is_recycled_or_reset_before_the_first_update(intervention):
+    agent = make_agent(intervention=intervention, dormant_threshold=0.9)
+    before = copy.deepcopy(agent.actor.state_dict())
+    assert agent.before_update() == {} and agent.resets == agent.recycled == 0
+    assert all(torch.equal(before[name], weight) for name, weight in agent.actor.state_dict().items())
+
+
+def test_redo_comes_after_sets_move_on_many_transitions_and_with_its_own_threshold(monkeypatch):
+    calls, true_sample, true_masks = [], ReplayBuffer.sample, script.SET.next_masks
+    agent = make_agent(method="set", intervention="redo", evolve_every=2, redo_every=2, dormant_threshold=0.4)
+    monkeypatch.setattr(script.SET, "next_masks", lambda *given: calls.append("set") or true_masks(*given))
+    monkeypatch.setattr(ReplayBuffer, "sample", lambda replay, n: calls.append(n) or true_sample(replay, n))
+    monkeypatch.setattr(script, "recycle", lambda *given: calls.append(given[3]) or 0)
+    for _ in train(agent, 2):
+        pass
+    assert calls == [8, 8, *["set"] * 3, script.METRIC_BATCH // 3, *[0.4] * 3]  # after the batches of two updates
+
+
+def test_the_methods_get_the_arguments_of_the_run():
+    changes = {"sparsity": 0.7, "prune_start": 0.2, "prune_until": 0.6, "prune_every": 40}
+    gmp = make_agent(method="gmp", **changes).sparse["actor"]
+    assert gmp.schedule == (200, 0.2, 0.6, 0.7) and gmp.every == 40 and not gmp.local
+    sparse = make_agent(method="set", sparsity=0.7, zeta=0.1, evolve_every=40).sparse["actor"]
+    assert (sparse.zeta, sparse.every) == (0.1, 40)
+
+
+def test_a_task_mixes_its_experts_by_xavier_uniform_weights_of_both_signs():
+    torch.manual_seed(0)
+    mixing = Actor(Args(**(TINY | {"experts": 6})), 50, OBS_DIM, ACT_DIM).mixing
+    bound = math.sqrt(6 / (50 + 6))
+    assert 0.95 * bound < mixing.max() <= bound and -bound <= mixing.min() < -0.95 * bound
+
+
+def test_it_explores_by_samples_of_the_policy():
+    agent, obs = make_agent(), np.zeros((3, OBS_DIM), np.float32)
+    torch.manual_seed(2)
+    actions = agent.explore(obs)
+    torch.manual_seed(2)
+    expected = agent.actor.sample(torch.from_numpy(obs)[:, None])[0][:, 0]
+    assert np.array_equal(actions, expected.detach().numpy()) and not np.array_equal(actions, agent.explore(obs))
+
+
+def test_losses_have_the_names_of_what_they_are():
+    agent = make_agent()
+    agent.critic_backward = lambda *_: (torch.full((3,), 0.1), torch.tensor(0.2))
+    agent.actor_backward = lambda *_: (torch.full((3,), 0.3), torch.full((3,), -0.4))
+    agent.step = lambda *_: None
+    agent.update()
+    expected = {"critic": 0.1, "actor": 0.3, "q": 0.2, "entropy": 0.4, "alpha": agent.log_alpha.exp().mean().item()}
+    assert {name: loss.item() for name, loss in agent.losses.items()} == pytest.approx(expected)
+
+
 # --------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -1313,6 +1372,19 @@ def test_the_buffer_holds_an_episodes_steps_one_after_the_other(finished_run):
     goes_on = torch.arange(149) % SHORT["episode_steps"] != SHORT["episode_steps"] - 1
     assert torch.equal(data["next_obs"][:, :-1][:, goes_on], data["obs"][:, 1:][:, goes_on])
     assert not (data["next_obs"] == data["obs"]).all(-1).any()
+
+
+def test_an_episodes_return_is_the_mean_of_the_tasks(tmp_path, monkeypatch):
+    true_step, returns = envs.TaskEnvs.step, []
+
+    def step(tasks, actions):
+        obs, _, successes = true_step(tasks, actions)
+        return obs, np.array([1.0, 2.0, 6.0], np.float32), successes
+
+    monkeypatch.setattr(envs.TaskEnvs, "step", step)
+    monkeypatch.setattr(Recorder, "episode", lambda recorder, *arguments: returns.append(arguments[3]))
+    script.main(Args(**(SHORT | {"method": "dense", "hidden_dim": 4}), run_dir=str(tmp_path / "run")))
+    assert returns == 6 * [25 * 3.0]
 
 
 # --------------------------------------------------------------------------------------------------------- learning

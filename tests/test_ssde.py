@@ -1120,6 +1120,30 @@ def test_the_buffer_holds_an_episodes_steps_one_after_the_other(toy_run):
     torch.testing.assert_close(data["next_obs"][:, :2], moved)
 
 
+def test_continual_worlds_window_is_five_evaluations_and_one_perfect_reference_is_no_obstacle():
+    rows = [
+        {"global_step": step, "phase": step // 8, "task_index": i, "success": step / 16}
+        for step in range(16)
+        for i in range(2)
+    ]
+    report = metrics.continual_report(rows, ["a", "b"], {"a": 1.0, "b": 0.5})
+    assert report["performance_cw"] == pytest.approx(13 / 16)  # the mean of steps 11 to 15
+    assert report["forgetting_cw"] == pytest.approx((5 - 13) / 16 / 2)
+    assert report["forward_transfer_cw"] == pytest.approx((11.5 / 16 - 0.5) / 0.5)
+    report = metrics.continual_report(rows, ["a", "b"], {"a": 1.0, "b": 1.0})
+    assert report["forward_transfer_cw"] == "undefined: the reference is perfect"
+
+
+@pytest.mark.parametrize(("name", "other"), [("steps_per_task", 7), ("eval_every", 7), ("reward_version", "v1")])
+def test_a_reference_of_other_tasks_or_evaluations_is_refused(name, other, toy, tmp_path):
+    stored = dataclasses.asdict(Args(**toy)) | {"method": "scratch", name: other}
+    (tmp_path / "config.json").write_text(json.dumps({"script": "ssde", "format": cli.FORMAT, "args": stored}))
+    (tmp_path / "evaluations.csv").write_text("phase,task,task_index,success\n0,reach-v3,0,0.2\n")
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ArgumentError, match=rf"^--reference \S+: has {cli.flag(name)} {other}, this run "):
+        reference_auc(str(tmp_path), Args(**toy), ["reach-v3"])
+
+
 # -------------------------------------------------------------------------------------------------- the command line
 
 

@@ -534,3 +534,59 @@ def test_a_sweep_on_ray(fake, tmp_path, cluster, plain_run):
         assert (run_dir / "evaluations.csv").read_text().splitlines() == ["global_step,value", *rows]
     rows = (folder / "neuroplastic_expansion" / "evaluations.csv").read_bytes()
     assert rows == (plain_run / "evaluations.csv").read_bytes() and rows.count(b"\n") == 5
+
+
+class Ray:
+    """Stands in for Ray: every task ends at once, with `host` as its result; `interrupts`: Ctrl-C while it waits."""
+
+    def __init__(self, host=None, interrupts=0):
+        self.host, self.interrupts, self.cancelled, self.tasks, self.options = host, interrupts, [], [], None
+        self.exceptions, self.cancel = types.SimpleNamespace(RayError=RuntimeError), self.cancelled.append
+
+    def remote(self, **options):
+        self.options = options
+        return lambda _: types.SimpleNamespace(remote=lambda *words: self.tasks.append(words) or words[1])
+
+    def wait(self, pending, timeout):
+        self.interrupts -= 1
+        if self.interrupts >= 0:
+            raise KeyboardInterrupt
+        return pending[:1], pending[1:]
+
+    def get(self, ref):
+        return self.host
+
+    def shutdown(self): ...
+
+
+def test_a_run_gets_the_cores_and_gpus_that_it_takes(fake, folder, monkeypatch):
+    ray = Ray()
+    monkeypatch.setattr(sweep, "start_ray", lambda *_: ray)
+    args = sweep.Args(sweep_dir=folder, cpus=2.0, gpus=0.25, retries=3)
+    sweep.run_all(args, sweep.plan([fake], "1-2"), folder, TOKEN)
+    assert ray.options == {"num_cpus": 2, "num_gpus": 0.25, "max_retries": 3}
+    assert [words[2:] for words in ray.tasks] == [(os.getcwd(), TOKEN, 3, 0.25)] * 2
+
+
+def test_a_second_interrupt_ends_a_sweep_at_once(fake, folder, monkeypatch):
+    ray = Ray(interrupts=2)
+    monkeypatch.setattr(sweep, "start_ray", lambda *_: ray)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_all(sweep.Args(sweep_dir=folder), sweep.plan([fake], "1-2"), folder, TOKEN)
+
+
+def test_a_sweep_whose_folder_a_machine_does_not_share_stops_and_names_it(fake, folder, monkeypatch):
+    ray = Ray(host="elsewhere")
+    monkeypatch.setattr(sweep, "start_ray", lambda *_: ray)
+    with pytest.raises(ArgumentError, match=f"--sweep-dir {folder}: is not on storage that elsewhere shares"):
+        sweep.run_all(sweep.Args(sweep_dir=folder), sweep.plan([fake], "1-3"), folder, TOKEN)
+    assert ray.cancelled == [folder / f"fake__seed={seed}" for seed in (2, 3)]
+
+
+def test_sigterm_stops_a_sweep_as_ctrl_c_does(monkeypatch):
+    heard, machine = {}, {"Resources": {"CPU": 1.0}}
+    stub = types.SimpleNamespace(init=lambda **_: heard.clear(), nodes=lambda: [machine])  # Ray takes SIGTERM
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    monkeypatch.setattr(signal, "signal", heard.__setitem__)
+    sweep.start_ray(None, 1, 0)
+    assert heard == dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.default_int_handler)
