@@ -8,6 +8,9 @@ folder `SWEEP_DIR/<script>__<what varies>`, and beside it what it printed, in `<
 at a time. Ctrl-C stops all runs at the end of their episode, saved; the same command goes on and leaves alone what is
 finished. A run that was killed goes on by itself. `python -m common.plot SWEEP_DIR` draws all of them.
 
+A script of your own takes `--run-dir`, `--resume` (or leaves no checkpoint.pt) and `--quiet`, and writes results.json
+into its folder when it is finished.
+
 With `--address auto` the runs go to the Ray cluster that this machine belongs to. All its machines need this checkout,
 this Python and SWEEP_DIR at the same paths: a run whose machine is lost goes on elsewhere from its checkpoint.
 """
@@ -45,7 +48,7 @@ LONGEST_NAME = 255  # bytes, of a file in nearly all file systems
 class Args:
     commands: tyro.conf.Positional[tuple[str, ...]] = ()  # after `--`: a script and its arguments
     sweep_dir: Path = Path("sweeps/sweep")  # folder of the runs
-    seeds: str = ""  # seeds of every command: 1-5 or 1,2,7
+    seeds: str | None = None  # seeds of every command: 1-5 or 1,2,7
     address: str | None = None  # of a running Ray cluster, e.g. `auto`; by default all cores of this machine
     cpus: cli.PositiveFloat = 1.0  # cores that a run takes
     gpus: cli.NonNegativeFloat = 0.0  # GPUs that a run takes; with 0.25, four runs share one
@@ -69,9 +72,12 @@ def parse_command(words: list[str]) -> tuple[str, list[tuple[str, list[str]]]]:
             options[-1][1].append(word)
         else:
             raise ArgumentError(f"-- {script} {word}: a value without its --name")
-    for name in ("resume", "run-dir", "evaluate"):
-        if name in [option.replace("_", "-") for option, _ in options]:
+    names = [name.replace("_", "-") for name, _ in options]
+    for name in names:
+        if name in ("resume", "run-dir", "evaluate"):
             raise ArgumentError(f"-- {script} --{name}: must be left out: a sweep names the folders of its runs")
+        if names.count(name) > 1:
+            raise ArgumentError(f"-- {script} --{name}: comes twice; several values of one make a grid")
     return script, options
 
 
@@ -84,7 +90,7 @@ def parse_seeds(seeds: str) -> list[str]:
     """ "1-3,7" -> ["1", "2", "3", "7"]."""
     numbers: list[str] = []
     for part in seeds.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise ArgumentError(f"--seeds {seeds}: must be like 1-5 or 1,2,7")
         numbers += map(str, range(int(match[1]), int(match[2] or match[1]) + 1))
@@ -125,9 +131,11 @@ def plan(commands: list[str], seeds: str) -> dict[str, list[str]]:
     return runs
 
 
-def record_plan(sweep_dir: Path, runs: dict[str, list[str]]) -> None:
-    """Add the runs to `sweep.json`. Raises ArgumentError if a name stands for another command there, or if the folder
-    or the file is no such thing.
+def record_plan(sweep_dir: Path, runs: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Add the runs to `sweep.json`; returns them, those that stand there with the names that they have there.
+
+    A grid that grows gives longer names to all its runs. Raises ArgumentError if a name stands for another command, if
+    there is a folder of that name from elsewhere, or if the folder or the file is no such thing.
     """
     file = sweep_dir / "sweep.json"
     try:
@@ -135,10 +143,16 @@ def record_plan(sweep_dir: Path, runs: dict[str, list[str]]) -> None:
         known = cli.read_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise ArgumentError(f"--sweep-dir {sweep_dir}: {error}") from None
-    for name in runs.keys() & known.keys():
-        if known[name] != runs[name]:
-            raise ArgumentError(f"{sweep_dir / name}: is another run already: {shlex.join(known[name])}")
+    earlier = {tuple(command): name for name, command in known.items()}
+    runs = {earlier.get(tuple(command), name): command for name, command in runs.items()}
+    for name, command in runs.items():
+        if known.get(name, command) != command:
+            other = f"{shlex.join(known[name])}; not {shlex.join(command)}"
+            raise ArgumentError(f"{sweep_dir / name}: is another run already: {other}")
+        if name not in known and (sweep_dir / name).exists():
+            raise ArgumentError(f"{sweep_dir / name}: is there already, and not of this sweep")
     file.write_text(json.dumps(known | runs, indent=2) + "\n", encoding="utf-8")
+    return runs
 
 
 # -------------------------------------------------------------------------------------------------------- one run
@@ -275,9 +289,9 @@ def run_all(args: Args, runs: dict[str, list[str]], root: Path, token: str) -> t
                 except ray.exceptions.RayError as error:  # a lost worker, or a run that was stopped before it began
                     problem = f" ({(str(error).strip() or type(error).__name__).splitlines()[-1]})"
                 if (root / name / RESULTS).is_file():  # the folder is right after every kind of death, Ray is not
-                    bar.write(f"finished: {name}")
+                    cli.say(f"finished: {name}")
                 elif not stopped:
-                    bar.write(f"failed: {name}")
+                    cli.say(f"failed: {name}")
                     failed[name] = f"failed: {name}: {last_line(Path(f'{root / name}.log'))}{problem}"
             bar.n = sum(name in failed or done(root / name) for name in runs)
             bar.set_postfix_str(f"{len(failed)} failed" if failed else "")
@@ -287,7 +301,7 @@ def run_all(args: Args, runs: dict[str, list[str]], root: Path, token: str) -> t
             if stopped:
                 raise
             stopped = True
-            bar.write("stopping: every run saves at the end of its episode (a second Ctrl-C ends at once)")
+            cli.say("stopping: every run saves at the end of its episode (a second Ctrl-C ends at once)")
             for ref in pending:
                 ray.cancel(ref)
     bar.close()
@@ -300,11 +314,14 @@ def run_all(args: Args, runs: dict[str, list[str]], root: Path, token: str) -> t
 def main(args: Args) -> None:
     """Do all runs of a sweep that are not finished. Exit code 1 if a run failed, 130 if the sweep was stopped."""
     cli.check_types(args)
-    runs = plan(list(args.commands), args.seeds)
-    record_plan(args.sweep_dir, runs)
+    cli.require(args, "cpus", round(args.cpus, 4) == args.cpus, "a multiple of 0.0001")
+    shared = round(args.gpus, 4) == args.gpus and (args.gpus < 1 or args.gpus == int(args.gpus))
+    cli.require(args, "gpus", shared, "a share of one, a multiple of 0.0001, or a whole number")
+    cli.require(args, "seeds", args.seeds != "", "like 1-5 or 1,2,7")  # of a shell's variable that is not set
+    runs = record_plan(args.sweep_dir, plan(list(args.commands), args.seeds or ""))
     root, token = args.sweep_dir.resolve(), f".shared-{uuid.uuid4().hex}"
     finished = sum((root / name / RESULTS).is_file() for name in runs)
-    print(f"{args.sweep_dir}: {finished} of {len(runs)} runs finished")
+    cli.say(f"{args.sweep_dir}: {finished} of {len(runs)} runs finished")
     if finished == len(runs):
         return
     (root / token).touch()
@@ -312,9 +329,8 @@ def main(args: Args) -> None:
         failed, stopped = run_all(args, runs, root, token)
     finally:
         (root / token).unlink()
-    print("\n".join(failed), end="\n" * bool(failed))
-    if stopped:
-        print("stopped; the same command goes on")
+    for line in [*failed, *["stopped; the same command goes on"] * stopped]:
+        cli.say(line)
     raise SystemExit(130 if stopped else bool(failed))
 
 

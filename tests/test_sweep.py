@@ -193,11 +193,35 @@ def test_a_value_with_a_slash_is_no_folder_and_one_with_a_dot_is_not_cut(fake, f
         ("nbsp.py --quick -- nbsp.py --quick", "", "two runs are called nbsp"),
         ("nbsp.py", "5-1", "--seeds 5-1: must be like"),
         (f"nbsp.py --task-seq {'reach,' * 50} push", "", "nbsp__task-seq=reach,reach,.*: too long for a file"),
+        ("nbsp.py --beta 0.3 --seed 1 --beta 0.5", "", "--beta: comes twice"),
+        ("nbsp.py --layer-norm --layer_norm", "", "--layer-norm: comes twice"),
     ],
 )
 def test_what_cannot_be_planned_is_an_error(line, seeds, message):
     with pytest.raises(ArgumentError, match=message):
         sweep.plan(line.split(), seeds)
+
+
+def test_a_run_keeps_its_name_when_the_grid_grows(tmp_path):
+    grids = ("nbsp.py --tau 0.01", "nbsp.py --tau 0.01 0.02", "nbsp.py --tau 0.02 --gamma 0.9 1")
+    names = [list(sweep.record_plan(tmp_path, sweep.plan(grid.split(), ""))) for grid in grids]
+    assert names == [["nbsp"], ["nbsp", "nbsp__tau=0.02"], ["nbsp__gamma=0.9", "nbsp__gamma=1"]]
+
+
+def test_a_folder_from_elsewhere_is_no_run_of_this_sweep(tmp_path):
+    (tmp_path / "nbsp__seed=2").mkdir()
+    with pytest.raises(ArgumentError, match="nbsp__seed=2: is there already, and not of this sweep"):
+        sweep.record_plan(tmp_path, sweep.plan(["nbsp.py"], "1-3"))
+    assert not (tmp_path / "sweep.json").exists()
+
+
+def test_a_reader_that_is_gone_stops_no_sweep(fake, folder, monkeypatch):
+    ray, args = Ray(), sweep.Args(sweep_dir=folder)
+    monkeypatch.setattr(sweep, "start_ray", lambda *_: ray)
+    with open(os.devnull) as closed:  # which cannot be written
+        monkeypatch.setattr(sys, "stdout", closed)
+        failed, stopped = sweep.run_all(args, sweep.plan([fake], "1-3"), folder, TOKEN)
+    assert len(failed) == len(ray.tasks) == 3 and not stopped
 
 
 def test_a_name_never_changes_its_meaning(tmp_path):
@@ -412,6 +436,7 @@ def test_without_ray_one_line_says_how_to_get_it(fake, folder, monkeypatch, caps
 
 
 def test_a_finished_sweep_has_nothing_to_do(fake, folder, monkeypatch, capsys):
+    sweep.record_plan(folder, sweep.plan([fake], "1"))
     sweep.execute([fake, "--seed", "1"], folder / "fake__seed=1", str(ROOT), TOKEN, 0)
     code, shown = command(monkeypatch, capsys, "--sweep-dir", folder, "--seeds", "1", "--", fake)
     assert code == 0 and shown.out == f"{folder}: 1 of 1 runs finished\n"
@@ -421,6 +446,9 @@ def test_a_bad_command_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     words = ("--sweep-dir", tmp_path / "x")
     cases = {"--resume: must be left out": ["--", "nbsp.py", "--resume", "y"], "nothing to run": ["--address", "auto"]}
     cases["--cpus 0.0: must be"] = ["--cpus", "0", "--", "nbsp.py"]
+    cases["--cpus 1e-05: must be a multiple of 0.0001"] = ["--cpus", "1e-5", "--", "nbsp.py"]  # Ray's own bounds
+    cases["--gpus 1.5: must be a share of one"] = ["--gpus", "1.5", "--", "nbsp.py"]
+    cases["--seeds : must be like 1-5"] = ["--seeds", "", "--", "nbsp.py"]
     for message, more in cases.items():
         code, shown = command(monkeypatch, capsys, *words, *more)
         assert code == 2 and shown.err.startswith("error: ") and shown.err.count("\n") == 1 and message in shown.err
