@@ -216,7 +216,7 @@ class Expansion(Learner):
         return ne.Agent(self.args, OBS_DIM, ACT_DIM, self.updates, self.device)
 
     def policy(self) -> capture.CapturedPolicy:
-        return self.agent.policy  # without the noise
+        return self.agent.captured_policy  # without the noise
 
     def add(self, action: np.ndarray, obs: np.ndarray) -> None:
         super().add(action, obs, terminated=float(self.rng.random() < 0.1))
